@@ -1,0 +1,252 @@
+"""The small interfaces between rooms: what a recipe is made of and what each piece must offer.
+
+Parts (frozen values) build modules. Modules meet only through the types of this file, so a technique is
+one new file with one part in it. Shape letters: B batch, T time, D model width, H heads, K head width,
+V vocabulary, X any width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sabrage.config import Part
+from sabrage.run.device import DeviceFacts
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The values of everything that varies in time, at one step.
+
+    `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
+    `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
+    """
+
+    step: int
+    lr: float
+    sequence_length: int
+    tokens_per_step: int
+    weight_decay: float = 1.0
+    momentum: float | None = None
+    loss_weights: tuple[float, ...] = ()
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device: `targets_BT[b, t]` is the token after `tokens_BT[b, t]`.
+
+    `documents_BT` numbers the document that each token belongs to, or is None where attention may run
+    over document boundaries. Both token tensors are int64.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    documents_BT: Tensor | None = None
+
+
+class Cache(Protocol):
+    """What a decoding mixer sees of a cache; the cache knows streams (name -> width), not attention."""
+
+    def extend(self, layer: int, **streams_BTX: Tensor) -> dict[str, Tensor]:
+        """Appends T new entries of each declared stream and returns all entries of each, (B, S, X).
+
+        S covers the longest sequence. Entry s of sequence b is position s; entries at or beyond the
+        sequence's length are undefined and must be masked with `Context.positions_BT`.
+        """
+        ...
+
+
+@dataclass
+class Context:
+    """What a mixer may know beside its input: absolute positions (None: 0 to T-1), documents, the cache."""
+
+    positions_BT: Tensor | None = None
+    documents_BT: Tensor | None = None
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer(Part, ABC):
+    """Mixes along time. The module's `forward(x_BTD, context) -> y_BTD` is causal."""
+
+    @abstractmethod
+    def build(self, *, dim: int, layer: int) -> nn.Module:
+        """The module of one layer; its index is only for the cache and for per-layer patterns."""
+
+    @abstractmethod
+    def streams(self, dim: int) -> dict[str, int]:
+        """Numbers cached per token and layer, by stream name."""
+
+    @abstractmethod
+    def flops(self, dim: int, sequence_length: int) -> int:
+        """Matrix-product FLOPs of one token's forward pass at this sequence length, causal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward(Part, ABC):
+    """Works on each token alone. The module's `forward(x_BTD) -> y_BTD`."""
+
+    @abstractmethod
+    def build(self, *, dim: int, layer: int) -> nn.Module: ...
+
+    @abstractmethod
+    def flops(self, dim: int) -> int:
+        """Matrix-product FLOPs of one token's forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring(Part, ABC):
+    """Owns the layer loop. The module's `forward(x_BTD, blocks, context) -> x_BTD`.
+
+    A block has `normalise_mixer`, `mixer`, `normalise_feedforward` and `feedforward`.
+    """
+
+    @abstractmethod
+    def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Part, ABC):
+    """Tokens to vectors. The module's `forward(tokens_BT, context) -> x_BTD`; `weight_VD` is its table."""
+
+    @abstractmethod
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Part, ABC):
+    """Vectors to predictions: `forward(h_BTD) -> logits_BTV`, `loss(h_BTD, targets_BT) -> mean nats`.
+
+    Targets of -1 are left out of the mean. With `tied` the model shares the embedding's table with it.
+    """
+
+    @abstractmethod
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
+
+    @abstractmethod
+    def flops(self, dim: int, vocab_size: int) -> int:
+        """Matrix-product FLOPs of one token's forward pass."""
+
+
+@dataclass
+class Loss:
+    """`total` is what is minimised; `parts` are named 0-D tensors for the log, in nats."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Part, ABC):
+    """What is minimised. The module's `forward(h_BTD, batch, model, loss_weights_W) -> Loss`.
+
+    It owns any extra heads. `model` gives `embedding` and `head`. Validation never uses an objective: it
+    is always plain next-token cross-entropy.
+    """
+
+    @abstractmethod
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Part, ABC):
+    """An update rule for a group of parameters."""
+
+    @abstractmethod
+    def build(self, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer of these named parameters; its `state` holds tensors only."""
+
+    @abstractmethod
+    def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
+        """The values that the optimizer's parameter groups take at this step, by their torch names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerGroup(Part):
+    """Parameters whose names match `pattern` (a regular expression, searched) go to `optimizer`.
+
+    Groups are tried in order and the first match wins.
+    """
+
+    pattern: str
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Part, ABC):
+    """Number formats of the run."""
+
+    @abstractmethod
+    def refusal(self, facts: DeviceFacts) -> str | None:
+        """A sentence saying why this device cannot do it, or None when it can."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Sets number formats of weights and of the backend once, before anything is compiled."""
+
+    @abstractmethod
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context in which the forward pass runs."""
+
+    @abstractmethod
+    def peak(self) -> str:
+        """The device's matrix rate that model FLOP utilisation is measured against: fp32, tf32, bf16, ..."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Iterable[int]) -> str: ...
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes: ...
+
+
+class TokenStream(Protocol):
+    """An endless, randomly addressable sequence of blocks of `block_tokens` inputs and their targets."""
+
+    block_tokens: int
+    blocks_per_epoch: int
+
+    def rows(self, first_block: int, num_blocks: int, sequence_length: int) -> np.ndarray:
+        """(rows, sequence_length + 1) uint16 tokens; a row's last token is the next row's first input."""
+        ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened data set, its checks passed: the training stream, the validation tokens and the tokenizer.
+
+    `track` is what results are filed under ("nocap", "stand-in", "embedded", "own"); `fingerprint` is
+    what the manifest records (files, sizes, hashes). `validation` is a 1-D array of uint16 tokens.
+    """
+
+    track: str
+    train: TokenStream
+    validation: np.ndarray
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource(Part, ABC):
+    """Where the tokens come from."""
+
+    @abstractmethod
+    def open(self, folder: Path | None = None) -> Corpus:
+        """Checks every file and opens the data set. Raises DataError naming the file and the remedy."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: names the file, what is wrong with it and the remedy."""
