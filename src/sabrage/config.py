@@ -152,9 +152,10 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
         return float(value)
     elif expected is int and isinstance(value, bool):
         pass
-    elif expected is None or isinstance(expected, type):
-        if isinstance(value, type(None) if expected is None else expected):
-            return value
+    elif isinstance(expected, type) and isinstance(value, expected):
+        return value
+    elif expected is None and value is None:
+        return None
     got = type(value).__name__ if isinstance(value, Part) else repr(value)
     raise ConfigError(f"{path}: got {got}, allowed: {describe(expected)}")
 

@@ -102,9 +102,9 @@ class FeedForward(Part, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring(Part, ABC):
-    """Owns the layer loop. The module's `forward(x_BTD, blocks, context) -> x_BTD`.
+    """Owns the layer loop, residuals and norms. The module's `forward(x_BTD, blocks, context) -> h_BTD`.
 
-    A block has `normalise_mixer`, `mixer`, `normalise_feedforward` and `feedforward`.
+    A block has `mixer` and `feedforward`; what comes out is normalised, ready for the head.
     """
 
     @abstractmethod
@@ -125,6 +125,8 @@ class Head(Part, ABC):
 
     Targets of -1 are left out of the mean. With `tied` the model shares the embedding's table with it.
     """
+
+    tied: bool = True
 
     @abstractmethod
     def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
@@ -165,6 +167,10 @@ class Optimizer(Part, ABC):
     @abstractmethod
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
         """The values that the optimizer's parameter groups take at this step, by their torch names."""
+
+    def due(self, step: int) -> bool:
+        """Whether the parameters move at this step; where not, gradients add up until the next that is."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Mixers along time."""

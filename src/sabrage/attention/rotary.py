@@ -1,0 +1,55 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves convention.
+
+With frequencies f_i = base^(-2i/K) and angle a = position * f_i, the halves x1, x2 of a head become
+y1 = x1 cos a + x2 sin a and y2 = -x1 sin a + x2 cos a, computed in fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sabrage.config import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary(Part):
+    """Rotates queries and keys; `max_length` is the number of positions that the tables hold."""
+
+    base: float = 10000.0
+    max_length: int = 16384
+
+    def build(self, width: int) -> "RotaryTables":
+        """Tables for heads of this width (even)."""
+        return RotaryTables(self, width)
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines by position, (max_length, K / 2), fp32, not saved with the weights."""
+
+    cosine_TK: Tensor
+    sine_TK: Tensor
+
+    def __init__(self, part: Rotary, width: int) -> None:
+        super().__init__()
+        frequency_K = part.base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angle_TK = torch.arange(part.max_length, dtype=torch.float64)[:, None] * frequency_K
+        self.register_buffer("cosine_TK", angle_TK.cos().float(), persistent=False)
+        self.register_buffer("sine_TK", angle_TK.sin().float(), persistent=False)
+
+    def forward(self, x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """The rotated heads, in the input's dtype; positions default to 0 .. T-1."""
+        if positions_BT is None:
+            length = x_BTHK.shape[1]
+            if length > self.cosine_TK.shape[0]:
+                limit = self.cosine_TK.shape[0]
+                raise ValueError(
+                    f"a sequence of {length} tokens, rotary tables of {limit}; raise rotary.max_length"
+                )
+            cosine, sine = self.cosine_TK[:length, None, :], self.sine_TK[:length, None, :]
+        else:
+            cosine = self.cosine_TK[positions_BT][:, :, None, :]
+            sine = self.sine_TK[positions_BT][:, :, None, :]
+        first, second = x_BTHK.float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cosine + second * sine, second * cosine - first * sine), dim=-1)
+        return rotated.to(x_BTHK.dtype)

@@ -1,0 +1,50 @@
+"""The command line: `sabrage COMMAND`. Each command is a dataclass whose fields are its options."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from sabrage.cli.data import Data
+from sabrage.cli.describe import Doctor, List, Show
+from sabrage.cli.evaluate import Eval
+from sabrage.cli.generate import Generate
+from sabrage.cli.train import Train
+
+DESCRIPTION = """Train GPT-2-class language models to a target loss on one GPU, and prove what helped.
+
+First steps: `sabrage doctor` looks at your machine, `sabrage list` names the recipes, `sabrage train demo`
+trains a small one on any CPU. Every command has --help with examples.
+"""
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 for what could not be done, 2 for bad usage, 130 after Ctrl-C.
+
+    Errors that a user can mend are ValueErrors: they are printed as a sentence, without a traceback.
+    """
+    command = tyro.cli(
+        Command,
+        prog="sabrage",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+    )
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"sabrage: {error}", file=sys.stderr)
+        return 1

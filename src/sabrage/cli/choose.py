@@ -1,0 +1,69 @@
+"""From what the user typed to a recipe: names, changes and the recipe of an earlier run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sabrage.config import ConfigError, from_json, override
+from sabrage.recipe import Recipe
+from sabrage.recipes import find
+from sabrage.run.folder import RunFolder, read_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from sabrage.model.lm import LM
+    from sabrage.parts import Tokenizer
+
+
+def changed(
+    name: str, assignments: Sequence[str], *, seed: int | None = None, steps: int | None = None
+) -> Recipe:
+    """The recipe of that name with changes applied in order. Raises ConfigError."""
+    recipe = find(name)
+    shortcuts = {"budget.seed": seed, "plan.steps": steps}
+    given = [f"{path}={value}" for path, value in shortcuts.items() if value is not None]
+    for assignment in [*given, *assignments]:
+        recipe = override(recipe, assignment)
+    return recipe
+
+
+def recipe_of_run(path: Path) -> Recipe:
+    """The recipe that the manifest of a run folder holds."""
+    recipe = from_json(json.loads(RunFolder(path).manifest.read_text())["recipe"], Recipe)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def newest_run(recipe: str, *, root: Path = Path("runs")) -> RunFolder:
+    """The run of this recipe in `root` that was started last. Raises ConfigError when there is none."""
+    runs = [path.parent for path in root.glob("*/manifest.json")]
+    mine = [path for path in runs if read_run(path).manifest["recipe"]["name"] == recipe]
+    if not mine:
+        raise ConfigError(f"no run of {recipe!r} in {root}/ to resume; name its folder with --out")
+    return RunFolder(max(mine, key=lambda path: read_run(path).manifest["started"]))
+
+
+def model_of_run(path: Path, *, device: "torch.device") -> tuple[Recipe, "LM"]:
+    """The recipe of a run and the model of its newest good checkpoint."""
+    from sabrage.cli.console import say
+    from sabrage.generate.text import load_model
+
+    folder = RunFolder(path)
+    read_run(path)
+    recipe = recipe_of_run(path)
+    return recipe, load_model(recipe, folder.checkpoints, device=device, warn=say)
+
+
+def tokenizer_of(recipe: Recipe, *, ranks: Path | None = None) -> "Tokenizer":
+    """The tokenizer that the recipe's vocabulary belongs to. Raises ConfigError when it has none."""
+    from sabrage.data.tokenizer import ByteTokenizer, GPT2Tokenizer, folder_tokenizer
+
+    if recipe.model.vocab_size == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    if recipe.model.vocab_size != GPT2Tokenizer.vocab_size:
+        raise ConfigError(f"a vocabulary of {recipe.model.vocab_size} tokens has no known tokenizer")
+    if ranks is not None:
+        return GPT2Tokenizer(ranks)
+    return folder_tokenizer(Path(getattr(recipe.data, "path", ".")))

@@ -1,0 +1,139 @@
+"""`sabrage list`, `sabrage show` and `sabrage doctor`: what there is, what it costs and what runs here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from sabrage.recipe import Recipe
+    from sabrage.run.device import DeviceFacts
+    from sabrage.run.doctor import Needs
+
+
+@dataclass(frozen=True)
+class List:
+    """Name every recipe, with one line each."""
+
+    def run(self) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from sabrage.recipes import RECIPES
+
+        table = Table("recipe", "what it is", box=None)
+        for name, recipe in RECIPES.items():
+            table.add_row(f"[bold]{name}[/bold]", recipe.summary)
+        Console().print(table)
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Show a recipe: every part and value, parameters, FLOPs per token, memory and tokens needed.
+
+    Each line of the parts is a field that `--set` can change.
+
+    Examples:
+
+      sabrage show nocap
+
+      sabrage show demo --set model.layers=6
+
+      sabrage show nocap --json
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """Name of the recipe."""
+
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Change a field first: a.b=c, as often as needed."""
+
+    json: bool = False
+    """Print the recipe as JSON and nothing else."""
+
+    def run(self) -> int:
+        from sabrage.cli.choose import changed
+        from sabrage.config import leaves, to_json
+
+        recipe = changed(self.recipe, self.set)
+        if self.json:
+            print(json.dumps(to_json(recipe), indent=2))
+            return 0
+        for path, value in leaves(recipe):
+            print(f"{path} = {json.dumps(value)}")
+        print()
+        show_costs(recipe)
+        recipe.validate()
+        return 0
+
+
+def show_costs(recipe: "Recipe") -> None:
+    """Parameters, FLOPs, tokens and memory by micro-batch."""
+    from sabrage.model.counts import flops_per_token, memory_estimate, num_parameters
+    from sabrage.run.units import count, size
+
+    length = recipe.plan.at(0).sequence_length
+    tokens = recipe.plan.tokens()
+    flops = flops_per_token(recipe.model, length)
+    print(f"parameters        {num_parameters(recipe.model):,}")
+    print(f"FLOPs per token   {flops:,} (forward and backward matrix products, {length:,} tokens of context)")
+    print(f"tokens needed     {tokens:,} ({tokens / 1e8:.2f} shards of 100M)")
+    print(f"FLOPs in all      {count(flops * tokens)}")
+    wide = recipe.precision.peak() in ("fp32", "tf32")
+    rows = [1 << power for power in range(8) if (length << power) <= recipe.plan.at(0).tokens_per_step]
+    sizes = (f"{count}: {size(memory_estimate(recipe.model, count * length, wide=wide))}" for count in rows)
+    print(f"memory by rows of a micro-batch (estimate)   {', '.join(sizes)}")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at this machine and say for each recipe whether it runs here, and if not, why."""
+
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from sabrage.recipes import RECIPES
+        from sabrage.run.device import choose_device
+        from sabrage.run.doctor import examine, judge, render
+
+        folders = {Path(path) for recipe in RECIPES.values() if (path := data_folder(recipe))}
+        found = examine(choose_device(self.device), folder=Path(), data_folders=sorted(folders))
+        verdicts = [judge(needs(recipe, found.device), found) for recipe in RECIPES.values()]
+        Console().print(render(found, verdicts))
+        return 0
+
+
+def data_folder(recipe: "Recipe") -> str | None:
+    """The folder that the recipe reads, or None when it brings its own text."""
+    from sabrage.config import leaves
+
+    path = dict(leaves(recipe.data)).get("path")
+    return path if isinstance(path, str) else None
+
+
+def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
+    """What the recipe asks of this device."""
+    from sabrage.model.counts import memory_estimate, num_parameters
+    from sabrage.run.doctor import Needs, find_data
+    from sabrage.train.loop import micro_batch_tokens
+
+    wide = recipe.precision.peak() in ("fp32", "tf32")
+    length = recipe.plan.at(0).sequence_length
+    folder = data_folder(recipe)
+    missing = None
+    if folder and find_data(Path(folder)).num_shards == 0:
+        missing = f"no shards in {folder}; fetch them with: sabrage data fineweb"
+    return Needs(
+        name=recipe.name,
+        num_parameters=num_parameters(recipe.model),
+        smallest_memory=memory_estimate(recipe.model, length, wide=wide),
+        default_memory=memory_estimate(recipe.model, micro_batch_tokens(recipe, facts, size=1), wide=wide),
+        refusal=recipe.precision.refusal(facts),
+        missing_data=missing,
+    )

@@ -1,0 +1,59 @@
+"""The dense cache: every declared stream of every layer, for sequences of one common length.
+
+Bytes per token = sum over layers of the widths that the mixers' `streams` declare, times the element size.
+"""
+
+import torch
+from torch import Tensor
+
+from sabrage.model.lm import ModelSpec
+
+
+class DenseCache:
+    """Holds up to `capacity` positions of `batch` sequences; entries beyond `length` are undefined."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.capacity, self.length = capacity, 0
+        self.layers: list[dict[str, Tensor]] = [
+            {
+                name: torch.empty(batch, capacity, width, device=device, dtype=dtype)
+                for name, width in spec.mixer(layer).streams(spec.dim).items()
+            }
+            for layer in range(spec.layers)
+        ]
+
+    def extend(self, layer: int, **streams_BTX: Tensor) -> dict[str, Tensor]:
+        """Appends each stream's new entries at the current length; returns all entries, (B, length + T, X).
+
+        Raises ValueError when the capacity is used up.
+        """
+        stored = self.layers[layer]
+        assert stored.keys() == streams_BTX.keys(), (
+            f"layer {layer} caches {sorted(streams_BTX)}, its mixer declares {sorted(stored)}"
+        )
+        new = next(iter(streams_BTX.values())).shape[1]
+        end = self.length + new
+        if end > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity} tokens and {end} were needed; ask for fewer tokens or a "
+                "larger capacity"
+            )
+        for name, value_BTX in streams_BTX.items():
+            stored[name][:, self.length : end] = value_BTX
+        return {name: tensor[:, :end] for name, tensor in stored.items()}
+
+    def advance(self, num_tokens: int) -> None:
+        """Counts the tokens that every layer has appended."""
+        self.length += num_tokens
+
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for stored in self.layers for t in stored.values())

@@ -1,0 +1,1 @@
+"""The language model: embedding, blocks, wiring and head put together, and what it costs."""

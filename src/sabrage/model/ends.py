@@ -1,0 +1,61 @@
+"""The two ends of the model: token table in, linear head and cross-entropy out."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sabrage.parts import Context, Embedding, Head
+
+# Matrix units want row counts that are multiples of this; the product is padded, never the distribution.
+PRODUCT_MULTIPLE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable(Embedding):
+    """One learned vector a token, initialised like a torch Linear of the head's shape."""
+
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module:
+        return TokenEmbedding(dim=dim, vocab_size=vocab_size)
+
+
+class TokenEmbedding(nn.Module):
+    """forward(tokens_BT, context) -> x_BTD."""
+
+    def __init__(self, *, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(dim, vocab_size, bias=False).weight
+
+    def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearHead(Head):
+    """logits = h W^T; with `tied` W is the embedding's table (Press and Wolf 2016, arXiv 1608.05859)."""
+
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module:
+        return Projection(dim=dim, vocab_size=vocab_size)
+
+    def flops(self, dim: int, vocab_size: int) -> int:
+        return 2 * dim * vocab_size
+
+
+class Projection(nn.Module):
+    """The module of `LinearHead`."""
+
+    def __init__(self, *, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(dim, vocab_size, bias=False).weight
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """Logits over the vocabulary, (..., V)."""
+        vocab_size = self.weight.shape[0]
+        extra = -vocab_size % PRODUCT_MULTIPLE if h_BTD.is_cuda else 0
+        weight_VD = F.pad(self.weight, (0, 0, 0, extra)) if extra else self.weight
+        return F.linear(h_BTD, weight_VD)[..., :vocab_size]
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the targets that are not -1, softmax in fp32."""
+        logits_NV = self(h_BTD).flatten(0, -2)
+        return F.cross_entropy(logits_NV.float(), targets_BT.flatten(), ignore_index=-1)

@@ -1,0 +1,90 @@
+"""The language model: tokens -> embedding -> wiring(blocks) -> head. Read this first, then train/loop.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sabrage.config import Part
+from sabrage.parts import Context, Embedding, FeedForward, Head, Mixer, Wiring
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Part):
+    """What the model is made of.
+
+    `mixers` and `feedforwards` are repeating per-layer patterns: layer l takes item l modulo their length.
+    """
+
+    layers: int
+    dim: int
+    vocab_size: int
+    embedding: Embedding
+    mixers: tuple[Mixer, ...]
+    feedforwards: tuple[FeedForward, ...]
+    wiring: Wiring
+    head: Head
+
+    def problems(self) -> list[str]:
+        found = [
+            f"model.{name}={getattr(self, name)} must be at least 1"
+            for name in ("layers", "dim", "vocab_size")
+            if getattr(self, name) < 1
+        ]
+        for name in ("mixers", "feedforwards"):
+            if not 1 <= len(getattr(self, name)) <= max(self.layers, 1):
+                found.append(f"model.{name} has {len(getattr(self, name))} items, allowed: 1 to layers")
+        return found
+
+    def mixer(self, layer: int) -> Mixer:
+        return self.mixers[layer % len(self.mixers)]
+
+    def feedforward(self, layer: int) -> FeedForward:
+        return self.feedforwards[layer % len(self.feedforwards)]
+
+
+class Block(nn.Module):
+    """One layer's mixer and feed-forward; how they are joined is the wiring's business."""
+
+    def __init__(self, mixer: nn.Module, feedforward: nn.Module) -> None:
+        super().__init__()
+        self.mixer, self.feedforward = mixer, feedforward
+
+
+class LM(nn.Module):
+    """A causal language model, built on the CPU from `spec` with torch's global random state."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.head: Any
+        self.embedding = spec.embedding.build(dim=spec.dim, vocab_size=spec.vocab_size)
+        self.blocks = nn.ModuleList(
+            Block(
+                spec.mixer(layer).build(dim=spec.dim, layer=layer),
+                spec.feedforward(layer).build(dim=spec.dim, layer=layer),
+            )
+            for layer in range(spec.layers)
+        )
+        self.wiring = spec.wiring.build(dim=spec.dim, num_layers=spec.layers, vocab_size=spec.vocab_size)
+        self.head = spec.head.build(dim=spec.dim, vocab_size=spec.vocab_size)
+        if spec.head.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
+        """Hidden states ready for the head, h_BTD."""
+        context = context or Context()
+        x_BTD = self.embedding(tokens_BT, context)
+        return self.wiring(x_BTD, self.blocks, context)
+
+    def logits(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
+        """Next-token logits at every position, (B, T, V)."""
+        return self.head(self(tokens_BT, context))
+
+
+def build_model(spec: ModelSpec, *, seed: int) -> LM:
+    """The model with weights drawn from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LM(spec)

@@ -1,0 +1,123 @@
+"""Everything that varies in time, as functions of the step: `Plan.at(step) -> Knobs`.
+
+Floats reach compiled code as tensors and optimizer hyperparameters. Sequence lengths and batch sizes are
+shapes, so they come in few stages, which the warm-up can list and compile beforehand.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from sabrage.config import Part
+from sabrage.parts import Knobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(Part, ABC):
+    """A multiplier as a function of the step."""
+
+    @abstractmethod
+    def at(self, step: int, steps: int) -> float:
+        """The value at `step`, counted from 0, of a run of `steps`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Schedule):
+    """The same value throughout."""
+
+    value: float = 1.0
+
+    def at(self, step: int, steps: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trapezoid(Schedule):
+    """Linear warm-up over `warmup` steps, constant, linear warm-down over the last `warmdown` steps.
+
+    Step i counts from 0: (i + 1) / warmup, then 1, then (steps - i) / warmdown, never below `floor`.
+    """
+
+    warmup: int
+    warmdown: int
+    floor: float = 0.0
+
+    def at(self, step: int, steps: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if step >= steps - self.warmdown:
+            return max((steps - step) / self.warmdown, self.floor)
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(Part):
+    """A whole number that changes at given steps: `values[i]` holds from step `starts[i]` on."""
+
+    values: tuple[int, ...]
+    starts: tuple[int, ...] = (0,)
+
+    def problems(self) -> list[str]:
+        if len(self.values) != len(self.starts) or self.starts[:1] != (0,):
+            return [f"stages {self.values} from {self.starts}: as many starts as values, the first one 0"]
+        if list(self.starts) != sorted(set(self.starts)) or min(self.values) < 1:
+            return [f"stages {self.values} from {self.starts}: starts must rise and values be at least 1"]
+        return []
+
+    def at(self, step: int) -> int:
+        """The value that holds at `step`."""
+        return [value for value, start in zip(self.values, self.starts, strict=True) if start <= step][-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Part):
+    """The course of a run; `tokens_per_step` and `sequence_length` are in tokens."""
+
+    steps: int
+    lr: Schedule
+    tokens_per_step: int | Stages
+    sequence_length: int | Stages
+    weight_decay: Schedule = Constant()
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.steps < 1:
+            found.append(f"plan.steps={self.steps} must be at least 1")
+        for knobs in self.stages():
+            if knobs.sequence_length < 1 or knobs.tokens_per_step % max(knobs.sequence_length, 1):
+                found.append(
+                    f"at step {knobs.step}: plan.tokens_per_step={knobs.tokens_per_step} is not a whole "
+                    f"number of rows of plan.sequence_length={knobs.sequence_length}"
+                )
+        return found
+
+    def at(self, step: int) -> Knobs:
+        """All knobs at `step` (from 0)."""
+        return Knobs(
+            step=step,
+            lr=self.lr.at(step, self.steps),
+            weight_decay=self.weight_decay.at(step, self.steps),
+            sequence_length=staged(self.sequence_length, step),
+            tokens_per_step=staged(self.tokens_per_step, step),
+        )
+
+    def stages(self) -> list[Knobs]:
+        """The knobs at the first step of every stretch of constant shapes."""
+        starts = {0}
+        for value in (self.tokens_per_step, self.sequence_length):
+            if isinstance(value, Stages):
+                starts.update(start for start in value.starts if start < self.steps)
+        return [self.at(step) for step in sorted(starts)]
+
+    def tokens(self) -> int:
+        """Training tokens that the whole plan takes."""
+        starts = [knobs.step for knobs in self.stages()]
+        ends = [*starts[1:], self.steps]
+        return sum(
+            (end - start) * staged(self.tokens_per_step, start)
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+
+def staged(value: int | Stages, step: int) -> int:
+    """The value at `step` of a number that may come in stages."""
+    return value.at(step) if isinstance(value, Stages) else value

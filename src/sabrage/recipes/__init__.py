@@ -1,0 +1,18 @@
+"""The recipes, by name: the only room that names concrete parts."""
+
+from sabrage.config import ConfigError, nearest
+from sabrage.recipe import Recipe
+from sabrage.recipes.demo import demo
+from sabrage.recipes.nocap import nocap, nocap_mini
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (nocap, nocap_mini, demo)}
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name. Raises ConfigError with the nearest name."""
+    if name not in RECIPES:
+        raise ConfigError(
+            f"unknown recipe {name!r}{nearest(name, RECIPES)}; `sabrage list` shows them all: "
+            + ", ".join(RECIPES)
+        )
+    return RECIPES[name]

@@ -1,0 +1,198 @@
+"""The training loop, in the order in which things happen. Read model/lm.py first."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sabrage.config import resolve
+from sabrage.data.stream import Loader
+from sabrage.model.counts import memory_estimate
+from sabrage.model.lm import build_model
+from sabrage.optim.groups import Optimizers
+from sabrage.parts import Batch, Corpus, Knobs
+from sabrage.recipe import Recipe
+from sabrage.run.clocks import Clocks
+from sabrage.run.device import DeviceFacts, probe
+from sabrage.run.folder import RunFolder
+from sabrage.train.evaluate import Evaluator
+from sabrage.train.interrupt import Interruption
+from sabrage.train.recorder import Recorder
+from sabrage.train.session import Session
+from sabrage.train.step import Learner, TrainStep
+from sabrage.train.warmup import warm_up
+from sabrage.train.world import World
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: names the step, the last good checkpoint and what to try."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: "done", "target" or "interrupted", its last validation loss (nats) and steps done."""
+
+    ending: str
+    validation_loss: float | None
+    steps: int
+
+
+def train(
+    recipe: Recipe,
+    *,
+    folder: RunFolder,
+    corpus: Corpus,
+    world: World,
+    resume: bool = False,
+    tracker: str = "none",
+    clocks: Clocks | None = None,
+) -> Outcome:
+    """Runs `recipe` to its last step, its target or an interruption, and leaves everything in `folder`."""
+    facts = probe(world.device)
+    asked, recipe = recipe, resolve(recipe, facts).validate(facts)
+    clocks = clocks or Clocks()
+    compile = recipe.runtime.compile == "on"
+    use_compile_cache(compile)
+
+    learner = build_learner(recipe, world)
+    model = learner.model
+    optimizers = Optimizers(recipe.optim, learner.named_parameters(), world.device)
+    session = Session(learner, optimizers)
+    micro_tokens = micro_batch_tokens(recipe, facts, size=world.size)
+    step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=compile)
+    evaluator = Evaluator(
+        model,
+        recipe.precision,
+        world,
+        corpus.validation,
+        num_targets=recipe.budget.evaluation_tokens,
+        length=recipe.budget.evaluation_length,
+        batch_tokens=micro_tokens,
+        compile=compile,
+    )
+
+    with Recorder(
+        asked, recipe, folder, corpus, world, facts, clocks, tracker=tracker, resume=resume
+    ) as recorder:
+        clocks.start_nocap()
+        if compile or facts.kind == "cuda":
+            with clocks.phase("warm-up"):
+                stages, vocab_size = recipe.plan.stages(), corpus.vocab_size
+                warm_up(session, step, stages, evaluator, vocab_size=vocab_size, say=recorder.message)
+        if resume:
+            recorder.restore(session)
+        ending = run_steps(recipe, session, step, evaluator, corpus, recorder, clocks)
+        recorder.finish(ending, session.step)
+        return Outcome(ending, recorder.validation_loss, session.step)
+
+
+def run_steps(
+    recipe: Recipe,
+    session: Session,
+    step: TrainStep,
+    evaluator: Evaluator,
+    corpus: Corpus,
+    recorder: Recorder,
+    clocks: Clocks,
+) -> str:
+    """The loop itself; returns how it ended."""
+    plan, budget, world = recipe.plan, recipe.budget, step.world
+    losses: list[Tensor] = []
+    if session.step >= plan.steps:
+        return "done"
+    with Interruption() as stop, make_loader(recipe, session, corpus, world) as loader:
+        clocks.start("train")
+        while session.step < plan.steps:
+            knobs = plan.at(session.step)
+            batch = Batch(*next(loader))
+            losses.append(step(batch, knobs))
+            session.step, session.block = loader.next_step, loader.next_block
+
+            last = session.step == plan.steps
+            evaluating = last or due(session.step, budget.evaluate_every)
+            saving = last or due(session.step, budget.checkpoint_every)
+            stopping = world.any(stop.signal is not None)
+            if evaluating or saving or stopping or due(session.step, budget.log_every):
+                values = torch.stack(losses).tolist()
+                losses.clear()
+                clocks.stop()
+                recorder.trained(session.step, values, knobs)
+                if not all(map(math.isfinite, values)):
+                    raise TrainingStopped(recorder.not_finite(session.step, values))
+                if evaluating:
+                    with clocks.phase("validation"):
+                        loss = evaluator()
+                    recorder.validated(session.step, loss)
+                reached = evaluating and recorder.reached(budget.target)
+                if saving or stopping or reached:
+                    with clocks.phase("checkpoint"):
+                        recorder.save(session)
+                if reached and not last:
+                    return "target"
+                if stopping and not last:
+                    return "interrupted"
+                clocks.start("train")
+        clocks.stop()
+    return "done"
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step` steps."""
+    return every > 0 and step % every == 0
+
+
+def build_learner(recipe: Recipe, world: World) -> Learner:
+    """Model and objective on the device, weights drawn from the recipe's seed."""
+    spec, seed = recipe.model, recipe.budget.seed
+    model = build_model(spec, seed=seed)
+    torch.manual_seed(seed)
+    objective = recipe.objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
+    learner = Learner(model, objective, recipe.precision, world.device).to(world.device)
+    recipe.precision.prepare(learner, world.device)
+    return learner
+
+
+def make_loader(recipe: Recipe, session: Session, corpus: Corpus, world: World) -> Loader:
+    """The training stream from where the session stands, prefetched."""
+
+    def shapes(step: int) -> tuple[int, int]:
+        knobs: Knobs = recipe.plan.at(step)
+        return knobs.sequence_length, knobs.tokens_per_step
+
+    return Loader(
+        corpus.train,
+        shapes=shapes,
+        start_step=session.step,
+        start_block=session.block,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
+
+
+def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
+    """Tokens of one forward pass: as recipe.runtime says, or as many as the device's memory takes.
+
+    `size` processes share the step. On a CPU more than 8,192 tokens at once only costs cache misses.
+    """
+    knobs = max(recipe.plan.stages(), key=lambda knobs: knobs.sequence_length)
+    if recipe.runtime.micro_batch:
+        return recipe.runtime.micro_batch * knobs.sequence_length
+    if facts.kind == "cpu":
+        return max(8192, knobs.sequence_length)
+    room = facts.memory * recipe.runtime.memory_fraction
+    wide = recipe.precision.peak() in ("fp32", "tf32")
+    tokens = knobs.tokens_per_step // size
+    while tokens > knobs.sequence_length and memory_estimate(recipe.model, tokens, wide=wide) > room:
+        tokens //= 2
+    return max(tokens, knobs.sequence_length)
+
+
+def use_compile_cache(wanted: bool) -> None:
+    """Keeps compiled graphs between runs, in the cache folder unless torch's own variable names another."""
+    if wanted:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "sabrage" / "compile"))

@@ -1,0 +1,208 @@
+"""What a run tells: manifest, log, progress, tracker, checkpoints and result; the leading process writes."""
+
+import math
+import statistics
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from sabrage.config import diff, to_json
+from sabrage.model.counts import flops_per_token, num_parameters
+from sabrage.parts import Corpus, Knobs
+from sabrage.recipe import Recipe
+from sabrage.run.clocks import Clocks
+from sabrage.run.device import DeviceFacts
+from sabrage.run.folder import RunFolder, write_json
+from sabrage.run.log import Log
+from sabrage.run.manifest import make_manifest
+from sabrage.train import checkpoint
+from sabrage.train.checkpoint import CheckpointError
+from sabrage.train.progress import Progress
+from sabrage.train.session import Session
+from sabrage.train.trackers import make_tracker
+from sabrage.train.world import World
+
+
+class Recorder:
+    """Writes the run folder while the run goes on; `resolved` is `recipe` with every "auto" decided."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        resolved: Recipe,
+        folder: RunFolder,
+        corpus: Corpus,
+        world: World,
+        facts: DeviceFacts,
+        clocks: Clocks,
+        *,
+        tracker: str,
+        resume: bool,
+    ) -> None:
+        self.recipe, self.resolved, self.folder = recipe, resolved, folder
+        self.corpus, self.world = corpus, world
+        self.facts, self.clocks, self.tracker_name, self.resume = facts, clocks, tracker, resume
+        self.validation_loss: float | None = None
+        self.at_validation: dict[str, float] = {}
+        self.step_seconds: list[float] = []
+        self.tokens = 0
+        self.last_seconds = 0.0
+        self.stack = ExitStack()
+        rate = facts.peaks.get(recipe.precision.peak())
+        self.peak = rate * world.size if rate else None
+
+    def __enter__(self) -> Self:
+        if not self.world.leads:
+            return self
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if not self.resume:
+            write_json(self.folder.manifest, self.manifest())
+        self.log = self.stack.enter_context(Log(self.folder.log))
+        self.progress = self.stack.enter_context(Progress(total=self.recipe.plan.steps))
+        self.tracker = self.stack.enter_context(make_tracker(self.tracker_name, self.folder.path))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.close()
+
+    def manifest(self) -> dict[str, Any]:
+        """What is known before the first step."""
+        backends = {path: str(chosen) for path, _, chosen in diff(self.recipe, self.resolved)}
+        made = make_manifest(
+            to_json(self.recipe),
+            seed=self.recipe.budget.seed,
+            device=self.facts,
+            backends=backends,
+            data=self.corpus.fingerprint,
+        )
+        return made | {
+            "track": self.corpus.track,
+            "parameters": num_parameters(self.recipe.model),
+            "processes": self.world.size,
+        }
+
+    def message(self, text: str) -> None:
+        """Tells the user one sentence."""
+        if self.world.leads:
+            self.progress.message(text)
+
+    def trained(self, step: int, losses: list[float], knobs: Knobs) -> None:
+        """Notes the losses of the steps that end with `step` updates."""
+        seconds = self.clocks.train_seconds
+        interval, self.last_seconds = seconds - self.last_seconds, seconds
+        tokens = sum(self.recipe.plan.at(step - 1 - back).tokens_per_step for back in range(len(losses)))
+        self.tokens += tokens
+        self.step_seconds += [interval / len(losses)] * len(losses)
+        if not self.world.leads:
+            return
+        speed = tokens / interval if interval > 0 else 0.0
+        first = step - len(losses)
+        for offset, loss in enumerate(losses):
+            self.log.write("train", step=first + offset, loss=loss, lr=self.recipe.plan.at(first + offset).lr)
+        mfu, memory = self.utilisation(speed, knobs.sequence_length), self.peak_memory()
+        status = {"tokens_per_second": speed, "mfu": mfu, "memory": memory}
+        self.log.write("speed", step=step, tokens=self.tokens, train_seconds=seconds, **status)
+        self.tracker.record(step, {"train/loss": losses[-1], "lr": knobs.lr, "tokens_per_second": speed})
+        self.progress.update(step=step, loss=losses[-1], tokens_per_second=speed, mfu=mfu, memory=memory)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Notes a validation after `step` updates, and what the clocks showed when its result was known."""
+        self.validation_loss = loss
+        self.at_validation = self.clocks.readings()
+        if self.world.leads:
+            self.log.write("validation", step=step, loss=loss, tokens=self.tokens, **self.at_validation)
+            self.tracker.record(step, {"validation/loss": loss})
+            self.progress.validation(step, loss)
+
+    def reached(self, target: float | None) -> bool:
+        """Whether the newest validation loss is at or below the target."""
+        return target is not None and self.validation_loss is not None and self.validation_loss <= target
+
+    def save(self, session: Session) -> None:
+        """Writes a checkpoint; when the disk is full the run goes on with the last good one."""
+        if not self.world.leads:
+            return
+        meta = session.values() | {
+            "clocks": self.clocks.state(),
+            "tokens": self.tokens,
+            "validation_loss": self.validation_loss,
+            "recipe": to_json(self.recipe),
+        }
+        keep = self.recipe.budget.keep_checkpoints
+        try:
+            where = self.folder.checkpoints
+            checkpoint.save(where, step=session.step, tensors=session.tensors(), meta=meta, keep=keep)
+        except CheckpointError as error:
+            self.log.write("checkpoint_failed", step=session.step, error=str(error))
+            self.message(f"no checkpoint at step {session.step}: {error}")
+            return
+        self.log.write("checkpoint", step=session.step)
+
+    def restore(self, session: Session) -> None:
+        """Puts the newest good checkpoint into `session`; without any, the run starts at step 0 again."""
+        saved = checkpoint.load_newest(self.folder.checkpoints, warn=self.message)
+        if saved is not None:
+            session.load(saved.tensors, saved.meta)
+            self.clocks.restore(saved.meta["clocks"])
+            self.tokens, self.validation_loss = saved.meta["tokens"], saved.meta["validation_loss"]
+            self.last_seconds = self.clocks.train_seconds
+        if self.world.leads:
+            self.log.write("resume", step=session.step)
+            self.message(f"going on after step {session.step:,}")
+
+    def not_finite(self, step: int, losses: list[float]) -> str:
+        """What to say when a loss is not a number, after noting it."""
+        bad = step - len(losses) + next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        good = checkpoint.newest_step(self.folder.checkpoints)
+        kept = (
+            "there is no checkpoint" if good is None else f"the last good checkpoint is that of step {good}"
+        )
+        if self.world.leads:
+            self.log.write("not_finite", step=bad)
+        return (
+            f"the loss of step {bad} is not a finite number; {kept} in {self.folder.checkpoints}. "
+            "Try a lower learning rate (--set optim.0.optimizer.lr=...), a longer warm-up "
+            "(--set plan.lr.warmup=...), or --set precision=Fp32 to see whether the number format is to blame"
+        )
+
+    def finish(self, ending: str, steps: int) -> None:
+        """Writes result.json."""
+        if not self.world.leads:
+            return
+        seconds = self.clocks.train_seconds
+        speed = self.tokens / seconds if seconds > 0 else 0.0
+        knobs = self.recipe.plan.at(max(steps - 1, 0))
+        write_json(
+            self.folder.result,
+            {
+                "recipe": self.recipe.name,
+                "track": self.corpus.track,
+                "ending": ending,
+                "steps": steps,
+                "seed": self.recipe.budget.seed,
+                "tokens": self.tokens,
+                "validation_loss": self.validation_loss,
+                **(self.at_validation or self.clocks.readings()),
+                "tokens_per_second": speed,
+                "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+                "mfu": self.utilisation(speed, knobs.sequence_length),
+                "peak_memory": self.peak_memory(),
+                "device": self.facts.name,
+                "processes": self.world.size,
+            },
+        )
+
+    def utilisation(self, tokens_per_second: float, sequence_length: int) -> float | None:
+        """Model FLOP utilisation against the device's peak rate, or None where that is not known."""
+        if self.peak is None:
+            return None
+        return flops_per_token(self.recipe.model, sequence_length) * tokens_per_second / self.peak
+
+    def peak_memory(self) -> int | None:
+        """The most device memory allocated so far, in bytes; None off CUDA."""
+        device = self.world.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,82 @@
+"""One optimization step: micro-batches forward and backward, gradients averaged, parameters updated."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sabrage.model.lm import LM
+from sabrage.optim.groups import Optimizers
+from sabrage.parts import Batch, Context, Knobs, Precision
+from sabrage.train.world import World
+
+
+class Learner(nn.Module):
+    """Everything that learns: the model and whatever the objective adds.
+
+    forward(tokens_BT, targets_BT, documents_BT, loss_weights_W) -> (total loss, named parts), both in nats.
+    """
+
+    def __init__(self, model: LM, objective: nn.Module, precision: Precision, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.precision, self.device = precision, device
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        documents_BT: Tensor | None,
+        loss_weights_W: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.precision.autocast(self.device):
+            h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT))
+            batch = Batch(tokens_BT, targets_BT, documents_BT)
+            loss = self.objective(h_BTD, batch, self.model, loss_weights_W)
+        return loss.total, loss.parts
+
+
+def compiled(function: Callable, wanted: bool) -> Callable:
+    """`function` as one graph without breaks, or as it is."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if wanted else function
+
+
+class TrainStep:
+    """step(batch, knobs) -> mean loss of the step, a 0-D tensor on the device; never waits for the device."""
+
+    def __init__(
+        self, learner: Learner, optimizers: Optimizers, world: World, *, micro_tokens: int, compile: bool
+    ) -> None:
+        self.learner, self.optimizers, self.world = learner, optimizers, world
+        self.micro_tokens = micro_tokens
+        self.forward = compiled(learner, compile)
+
+    def __call__(self, batch: Batch, knobs: Knobs) -> Tensor:
+        rows = micro_rows(batch.tokens_BT.shape, self.micro_tokens)
+        weights = knobs.loss_weights
+        weights_W = torch.tensor(weights, device=self.world.device) if weights else None
+        documents = batch.documents_BT
+        pieces = zip(
+            batch.tokens_BT.split(rows),
+            batch.targets_BT.split(rows),
+            documents.split(rows) if documents is not None else [None] * len(batch.tokens_BT),
+            strict=False,
+        )
+        count = batch.tokens_BT.shape[0] // rows
+        mean = torch.zeros((), device=self.world.device)
+        for tokens_BT, targets_BT, documents_BT in pieces:
+            total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
+            (total / count).backward()
+            mean += total.detach() / count
+        self.world.average(p.grad for p in self.learner.parameters() if p.grad is not None)
+        self.optimizers.step(knobs)
+        self.optimizers.zero_grad()
+        self.world.average([mean])
+        return mean
+
+
+def micro_rows(shape: torch.Size, micro_tokens: int) -> int:
+    """Rows of a micro-batch: the largest divisor of the batch's rows that stays within `micro_tokens`."""
+    rows, length = shape
+    fits = [count for count in range(1, rows + 1) if rows % count == 0 and count * length <= micro_tokens]
+    return max(fits, default=1)
