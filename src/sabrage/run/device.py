@@ -4,12 +4,16 @@ Peak matrix rates are the vendors' dense figures (no sparsity), used only as the
 utilisation; a device that is not listed has no utilisation rather than a guessed one.
 """
 
+import importlib.metadata
+import os
+import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 # Dense TFLOP/s by format, from the vendors' datasheets: name fragment -> rates.
-PEAKS = {
+PEAKS: dict[str, dict[str, float]] = {
     "H200": {"fp32": 67, "tf32": 495, "bf16": 989, "fp16": 989, "fp8": 1979},
     "H100 NVL": {"fp32": 60, "tf32": 418, "bf16": 835, "fp16": 835, "fp8": 1671},
     "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756, "fp8": 1513},
@@ -24,7 +28,10 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What the device is and can do; sizes in bytes, rates in FLOP/s, `capability` None off CUDA."""
+    """What the device is and can do; sizes in bytes, rates in FLOP/s, `capability` None off CUDA.
+
+    `triton` is the version of the Triton installed beside it, None where there is none.
+    """
 
     kind: str
     name: str
@@ -33,6 +40,7 @@ class DeviceFacts:
     num_multiprocessors: int = 0
     shared_memory_per_block: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
+    triton: str | None = None
 
     @property
     def has_bf16(self) -> bool:
@@ -64,10 +72,11 @@ def probe(device: torch.device | str) -> DeviceFacts:
             num_multiprocessors=properties.multi_processor_count,
             shared_memory_per_block=getattr(properties, "shared_memory_per_block_optin", 0),
             peaks={name: rate * 1e12 for name, rate in match.items()},
+            triton=triton_version(),
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' was asked for and torch sees no Apple GPU; use --device cpu")
-    return DeviceFacts(kind=device.type, name=processor_name(), memory=host_memory())
+    return DeviceFacts(kind=device.type, name=processor_name(), memory=host_memory(), triton=triton_version())
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -79,10 +88,23 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a new run could take on this device now; 0 where nobody says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return host_memory()
+
+
 def host_memory() -> int:
     """Bytes of main memory, 0 where the system does not say."""
-    import os
-
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -91,12 +113,34 @@ def host_memory() -> int:
 
 def processor_name() -> str:
     """The processor's name as the system tells it."""
-    import platform
-    from pathlib import Path
-
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "CPU"
+
+
+def triton_version() -> str | None:
+    """The version of the installed Triton, or None."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver: from NVML where `nvidia-ml-py` is installed, else from the kernel."""
+    try:
+        import pynvml
+    except ImportError:
+        loaded = Path("/sys/module/nvidia/version")
+        return loaded.read_text().strip() if loaded.exists() else None
+    try:
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        # NVML without a driver: the package is there and the GPU is not.
+        return None
+    return version.decode() if isinstance(version, bytes) else version

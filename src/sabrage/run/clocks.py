@@ -1,0 +1,119 @@
+"""The three clocks of a run, kept apart so that no claim can borrow seconds from another.
+
+`train_seconds` counts training steps only; `nocap_seconds` counts from just before step 0, compile included,
+validation and checkpoints left out (the NoCap benchmark's rule); `wall_seconds` counts everything since the
+process started. The caller synchronises the device wherever a phase begins or ends.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+Phase = Literal["train", "validation", "checkpoint", "warm-up", "other"]
+PHASES: tuple[Phase, ...] = ("train", "validation", "checkpoint", "warm-up", "other")
+OUTSIDE_NOCAP: tuple[Phase, ...] = ("validation", "checkpoint")
+
+# Where the system does not tell when the process started, this is the earliest moment known.
+IMPORTED = time.perf_counter()
+
+
+def process_age() -> float:
+    """Seconds since this process started, or since this module was imported where nobody says."""
+    since_import = time.perf_counter() - IMPORTED
+    try:
+        # The command name, field 2, may hold spaces; the start, field 22, is in ticks since boot.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, ValueError, IndexError, AttributeError):
+        return since_import
+    # A sandbox that does not keep the start reports 0, which would count its whole uptime.
+    return max(age, since_import) if started > 0 else since_import
+
+
+class Clocks:
+    """Times the phases of a run. `now` is a monotonic clock in seconds, `age` the process's age at the start.
+
+    Phases do not nest. Readings are right at any moment, also within a phase.
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter, age: float | None = None) -> None:
+        self._now = now
+        self._started = now() - max(0.0, process_age() if age is None else age)
+        self._totals: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._earlier = {"nocap": 0.0, "wall": 0.0}
+        self._open: tuple[Phase, float] | None = None
+        self._nocap: tuple[float, float] | None = None
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Counts the time within the `with` block to one phase."""
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def start(self, name: Phase) -> None:
+        assert self._open is None, f"phase {name!r} inside phase {self._open}"
+        assert name in PHASES, f"phase {name!r} is none of {PHASES}"
+        self._open = (name, self._now())
+
+    def stop(self) -> None:
+        assert self._open is not None, "no phase is open"
+        name, since = self._open
+        self._totals[name] += self._now() - since
+        self._open = None
+
+    def start_nocap(self) -> None:
+        """Starts the benchmark's clock: call it once, just before step 0, when the model is built."""
+        assert self._nocap is None, "the benchmark's clock runs already"
+        self._nocap = (self._now(), self._outside())
+
+    def seconds(self, name: Phase) -> float:
+        """The time spent in one phase so far."""
+        running = self._now() - self._open[1] if self._open and self._open[0] == name else 0.0
+        return self._totals[name] + running
+
+    def _outside(self) -> float:
+        return sum(self.seconds(name) for name in OUTSIDE_NOCAP)
+
+    @property
+    def train_seconds(self) -> float:
+        """Training steps only."""
+        return self.seconds("train")
+
+    @property
+    def nocap_seconds(self) -> float:
+        """Since just before step 0, without validation and checkpoints; 0 before `start_nocap`."""
+        if self._nocap is None:
+            return self._earlier["nocap"]
+        since, outside = self._nocap
+        return self._earlier["nocap"] + (self._now() - since) - (self._outside() - outside)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Since the start of the process, everything counted."""
+        return self._earlier["wall"] + self._now() - self._started
+
+    def readings(self) -> dict[str, float]:
+        """The three clocks by name."""
+        names = ("train_seconds", "nocap_seconds", "wall_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def state(self) -> dict[str, float]:
+        """Plain values from which `restore` goes on in another process."""
+        phases: dict[str, float] = {name: self.seconds(name) for name in PHASES}
+        return {**phases, "nocap": self.nocap_seconds, "wall": self.wall_seconds}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Adds what an earlier process had counted; what it did after saving `state` is not counted."""
+        for name in PHASES:
+            self._totals[name] += state[name]
+        self._earlier = {name: self._earlier[name] + state[name] for name in self._earlier}
+        if self._nocap is not None:
+            since, outside = self._nocap
+            self._nocap = (since, outside + sum(state[name] for name in OUTSIDE_NOCAP))
