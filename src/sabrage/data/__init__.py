@@ -1,0 +1,1 @@
+"""Data: where tokens come from, their files, and the order in which a run reads them."""
