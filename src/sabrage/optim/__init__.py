@@ -1,0 +1,1 @@
+"""Update rules: AdamW, Muon, and the optimizers of a run as one thing."""

@@ -1,0 +1,292 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sabrage.optim.groups import Optimizers
+from sabrage.optim.muon import Muon, compiled_update, even_rows, update
+from sabrage.optim.orthogonalise import newton_schulz, polar_express
+from sabrage.parts import Knobs, OptimizerGroup
+
+SHAPES = {"qkv": (24, 8), "out": (8, 8), "up": (32, 8), "down": (8, 32), "experts": (2, 32, 8)}
+FULL = Muon(normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express")
+
+
+def named_parameters(*, layers=2, seed=0, shapes=SHAPES, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (f"{layer}.{name}", nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    ]
+
+
+def give_gradients(named, *, seed):
+    """Every parameter gets a gradient that depends on its name and the seed alone."""
+    for name, parameter in named:
+        generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, name)))
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def knobs(step, **changes):
+    return Knobs(step=step, lr=1 / (step + 1), sequence_length=8, tokens_per_step=64, **changes)
+
+
+def optimizers_of(part, named):
+    return Optimizers([OptimizerGroup(pattern=".", optimizer=part)], named, "cpu")
+
+
+def trained(part, *, steps=3, named=None, **changes):
+    """The named parameters after some steps under changing knobs."""
+    named = named or named_parameters()
+    optimizers = optimizers_of(part, named)
+    for step in range(steps):
+        give_gradients(named, seed=step)
+        optimizers.step(knobs(step, **changes))
+        optimizers.zero_grad()
+    return dict(named)
+
+
+def relative_error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(
+    ("lr_scale", "adjust"), [("spectral", "original"), ("match_rms_adamw", "match_rms_adamw")]
+)
+def test_muon_agrees_with_torchs_own(nesterov, lr_scale, adjust):
+    shapes = {name: SHAPES[name] for name in ("out", "up", "down")}
+    start, mine, theirs = ([p for _, p in named_parameters(shapes=shapes)] for _ in range(3))
+    names = [name for name, _ in named_parameters(shapes=shapes)]
+    part = Muon(lr=0.1, weight_decay=0.2, nesterov=nesterov, lr_scale=lr_scale)
+    optimizers = optimizers_of(part, list(zip(names, mine, strict=True)))
+    oracle = torch.optim.Muon(
+        theirs, lr=0.1, weight_decay=0.2, momentum=0.95, nesterov=nesterov, adjust_lr_fn=adjust
+    )
+    for step in range(3):
+        for parameters in (mine, theirs):
+            give_gradients(list(zip(names, parameters, strict=True)), seed=step)
+        optimizers.step(Knobs(step=step, lr=1.0, sequence_length=8, tokens_per_step=64))
+        oracle.step()
+    for name, before, found, expected in zip(names, start, mine, theirs, strict=True):
+        # The oracle orthogonalises in bfloat16, with its eight bits.
+        assert relative_error(found - before, expected - before) < 0.02, name
+        momentum = optimizers.state_tensors()[f"{name}/momentum"]
+        torch.testing.assert_close(momentum, oracle.state[expected]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL])
+def test_batched_equals_one_parameter_at_a_time(part):
+    together = trained(part)
+    for name, parameter in named_parameters():
+        alone = trained(part, named=[(name, parameter)])
+        torch.testing.assert_close(alone[name], together[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_stack_is_that_many_separate_matrices():
+    fused = nn.Parameter(torch.randn(48, 8, generator=torch.Generator().manual_seed(0)))
+    thirds = [nn.Parameter(third.clone()) for third in fused.detach().chunk(3)]
+    cube = nn.Parameter(fused.detach().clone().view(3, 16, 8))
+    gradient = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
+    fused.grad, cube.grad = gradient.clone(), gradient.clone().view(3, 16, 8)
+    for third, piece in zip(thirds, gradient.chunk(3), strict=True):
+        third.grad = piece.clone()
+    for named in ([("qkv", fused)], [("cube", cube)], [(str(i), third) for i, third in enumerate(thirds)]):
+        optimizers_of(FULL, named).step(knobs(0))
+    torch.testing.assert_close(fused.view(3, 16, 8), cube)
+    torch.testing.assert_close(fused, torch.cat(thirds))
+    whole = nn.Parameter(cube.detach().clone().view(48, 8))
+    whole.grad = gradient.clone()
+    optimizers_of(dataclasses.replace(FULL, stacks=()), [("qkv", whole)]).step(knobs(0))
+    assert not torch.allclose(whole, fused)
+
+
+def test_bfloat16_weights_are_the_float32_result_rounded_once():
+    half = trained(FULL, steps=1, named=named_parameters(dtype=torch.bfloat16))
+    exact = {name: nn.Parameter(p.detach().float()) for name, p in named_parameters(dtype=torch.bfloat16)}
+    optimizers = optimizers_of(FULL, list(exact.items()))
+    for name, parameter in exact.items():
+        give_gradients([(name, parameter)], seed=0)
+        parameter.grad = parameter.grad.bfloat16().float()
+    optimizers.step(knobs(0))
+    for name, parameter in half.items():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, exact[name].bfloat16()), name
+
+
+def test_mixed_dtypes_live_side_by_side_with_float32_state():
+    named = named_parameters(layers=1) + [
+        (f"half.{name}", parameter) for name, parameter in named_parameters(layers=1, dtype=torch.bfloat16)
+    ]
+    optimizers = optimizers_of(FULL, named)
+    before = {name: parameter.detach().clone() for name, parameter in named}
+    give_gradients(named, seed=0)
+    optimizers.step(knobs(0))
+    assert {value.dtype for value in optimizers.state_tensors().values()} == {torch.float32}
+    for name, parameter in named:
+        assert parameter.dtype == before[name].dtype
+        assert not torch.equal(parameter, before[name])
+
+
+def test_every_second_step_moves_by_the_gradients_of_both():
+    part = Muon(every=2, weight_decay=0.1)
+    named, reference = named_parameters(), named_parameters()
+    optimizers = optimizers_of(part, named)
+    oracle = optimizers_of(dataclasses.replace(part, every=1), reference)
+    for step in range(4):
+        before = [parameter.detach().clone() for _, parameter in named]
+        held = [parameter.grad for _, parameter in named]
+        give_gradients(named, seed=step)
+        for (_, parameter), earlier in zip(named, held, strict=True):
+            parameter.grad = parameter.grad if earlier is None else parameter.grad + earlier
+        gradients = [parameter.grad.clone() for _, parameter in named]
+        optimizers.step(knobs(step))
+        optimizers.zero_grad()
+        moved = [not torch.equal(p, old) for (_, p), old in zip(named, before, strict=True)]
+        assert moved == [step % 2 == 1] * len(named)
+        for (_, parameter), gradient, (_, other) in zip(named, gradients, reference, strict=True):
+            if step % 2 == 0:
+                assert torch.equal(parameter.grad, gradient)
+            else:
+                assert parameter.grad is None
+                other.grad = gradient
+        if step % 2 == 1:
+            oracle.step(knobs(step))
+    assert all(torch.equal(p, other) for (_, p), (_, other) in zip(named, reference, strict=True))
+
+
+def test_cautious_decay_spares_weights_that_the_update_does_not_shrink():
+    part = Muon(lr=0.1, weight_decay=0.5)
+    start = dict(named_parameters())
+    plain, cautious, none = (
+        trained(dataclasses.replace(part, **changes), steps=1)
+        for changes in ({}, {"cautious": True}, {"weight_decay": 0.0})
+    )
+    for name, weight in start.items():
+        # Without decay the weights moved by minus the update.
+        agree = (weight - none[name]).sign() == weight.sign()
+        assert 0 < agree.float().mean() < 1
+        assert torch.equal(cautious[name], torch.where(agree, plain[name], none[name])), name
+
+
+def test_normuon_keeps_the_norm_of_every_matrix_and_evens_its_rows():
+    generator = torch.Generator().manual_seed(0)
+    u_SMN = torch.randn(3, 16, 8, generator=generator) * torch.logspace(-1, 1, 16)[:, None]
+    variance_SM1 = torch.zeros(3, 16, 1)
+    even_SMN = even_rows(u_SMN, variance_SM1)
+    torch.testing.assert_close(even_SMN.norm(dim=(1, 2)), u_SMN.norm(dim=(1, 2)))
+    rows = even_SMN.norm(dim=2)
+    torch.testing.assert_close(rows, rows[:, :1].expand_as(rows), rtol=1e-4, atol=0)
+    torch.testing.assert_close(variance_SM1, 0.05 * u_SMN.square().mean(2, keepdim=True))
+    # Another update now meets the memory of the first: the norm is kept, the rows are no longer even.
+    other_SMN = torch.randn(3, 16, 8, generator=generator)
+    again_SMN = even_rows(other_SMN, variance_SM1)
+    torch.testing.assert_close(again_SMN.norm(dim=(1, 2)), other_SMN.norm(dim=(1, 2)))
+    assert again_SMN.norm(dim=2).std() > 0.1
+
+
+@pytest.mark.parametrize("normuon", [True, False])
+def test_zero_gradients_change_nothing_and_stay_finite(normuon):
+    named = named_parameters()
+    before = {name: parameter.detach().clone() for name, parameter in named}
+    for _, parameter in named:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers_of(Muon(normuon=normuon), named).step(knobs(0))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in named)
+
+
+@pytest.mark.parametrize(
+    ("method", "function"), [("newton_schulz", newton_schulz), ("polar_express", polar_express)]
+)
+def test_the_first_step_is_the_scaled_orthogonalised_gradient(method, function):
+    part = Muon(lr=0.25, orthogonalise=method, steps=4, lr_scale="spectral")
+    weight = nn.Parameter(torch.zeros(32, 8))
+    give_gradients([("w", weight)], seed=3)
+    optimizers_of(part, [("w", weight)]).step(knobs(0))
+    torch.testing.assert_close(weight.detach(), -0.25 * 2.0 * function(weight.grad, steps=4))
+
+
+def test_the_plans_momentum_overrides_the_parts():
+    part = Muon(momentum=0.9)
+    assert part.hyperparameters(knobs(1)) == {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9}
+    assert part.hyperparameters(knobs(0, momentum=0.5))["momentum"] == 0.5
+    planned, own = trained(part, momentum=0.5), trained(dataclasses.replace(part, momentum=0.5))
+    assert all(torch.equal(planned[name], own[name]) for name in own)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is computed; views compute nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.namespace == "aten" and not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_more_layers_are_not_more_launches():
+    counts = []
+    for layers in (1, 6):
+        named = named_parameters(layers=layers)
+        optimizers = optimizers_of(FULL, named)
+        give_gradients(named, seed=0)
+        with Launches() as launches:
+            optimizers.step(knobs(0))
+        counts.append(launches.count)
+    assert counts[0] == counts[1]
+
+
+def test_changing_knobs_recompile_nothing_and_change_nothing():
+    eager, compiled = named_parameters(), named_parameters()
+    reference, optimizers = optimizers_of(FULL, eager), optimizers_of(FULL, compiled)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for batch in optimizers.members[0].optimizer.batches:
+        batch.update = compiled_update("muon_test", backend=count)
+    for step in range(3):
+        for named, chosen in ((eager, reference), (compiled, optimizers)):
+            give_gradients(named, seed=step)
+            chosen.step(knobs(step, momentum=0.8 + step / 20))
+            chosen.zero_grad()
+    # One graph for each matrix shape: 8 x 8 (qkv and out), 32 x 8 (up and experts) and 8 x 32.
+    assert len(graphs) == 3
+    for (name, expected), (_, found) in zip(eager, compiled, strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_compiled_shapes_do_not_share_one_recompile_limit():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for columns in range(2, 2 + torch._dynamo.config.recompile_limit + 2):
+        named = [("w", nn.Parameter(torch.ones(2, columns)))]
+        optimizer = Muon().build(named)
+        optimizer.batches[0].update = compiled_update("muon_test", backend=count)
+        give_gradients(named, seed=0)
+        optimizer.step()
+    assert len(graphs) == torch._dynamo.config.recompile_limit + 2
+
+
+def test_on_the_cpu_the_update_is_not_compiled():
+    optimizer = Muon(compile=True).build(named_parameters())
+    assert all(batch.update is update for batch in optimizer.batches)
+
+
+def test_a_parameter_without_gradient_is_named_unless_its_whole_shape_has_none():
+    named = named_parameters()
+    optimizers = optimizers_of(Muon(), named)
+    optimizers.step(knobs(0))
+    give_gradients(named, seed=0)
+    dict(named)["1.down"].grad = None
+    with pytest.raises(ValueError, match=r"'1\.down' has no gradient"):
+        optimizers.step(knobs(0))
