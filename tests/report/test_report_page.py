@@ -42,7 +42,8 @@ def test_the_page_shows_the_loss_the_three_clocks_the_recipe_and_the_environment
     write_json(run.result, {"validation_loss": 3.4321, "ending": "target", "mfu": 0.4, **CLOCKS})
     html = page(run)
     for text in ("3.4321", "target", "3 min 12 s", "3 min 20 s", "2 h 05 min", "40.0%", "ModelSpec",
-                 "windows", "1, 2", "torch 2.13.0", "c0ffee with uncommitted changes", "sabrage train tiny", "beef",
+                 "windows", "1, 2", "torch 2.13.0", "c0ffee with uncommitted changes",
+                 "sabrage train tiny", "beef",
                  "2026-11-23 12:00:00 UTC", "sdpa"):  # fmt: skip
         assert text in html
 
