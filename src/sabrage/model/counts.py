@@ -5,8 +5,9 @@ import torch
 from sabrage.model.lm import LM, ModelSpec
 
 # Bytes of saved activations per token, layer and unit of width, bf16 autocast over an fp32 residual
-# stream, compiled: fitted to the 9.8 GB and 37.5 GB that the NoCap baseline takes at 16 and 64 rows.
-ACTIVATION_BYTES = 38
+# stream, compiled: fitted to the 16.7, 31.1 and 60.0 GiB that the NoCap baseline takes at 32, 64 and 128
+# rows of 1,024 (one H200, torch 2.11).
+ACTIVATION_BYTES = 30
 # Weights, gradients and two AdamW moments in fp32, and a bf16 copy of the weights.
 PARAMETER_BYTES = 18
 # bf16 logits and their gradient.

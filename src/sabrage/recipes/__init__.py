@@ -2,10 +2,13 @@
 
 from sabrage.config import ConfigError, nearest
 from sabrage.recipe import Recipe
+from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.nocap import nocap, nocap_mini
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (nocap, nocap_mini, demo)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon)
+}
 
 
 def find(name: str) -> Recipe:

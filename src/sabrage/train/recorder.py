@@ -193,6 +193,8 @@ class Recorder:
                 "peak_memory": self.peak_memory(),
                 "device": self.facts.name,
                 "processes": self.world.size,
+                "warmup_seconds": self.clocks.seconds("warm-up"),
+                "validation_seconds": self.clocks.seconds("validation"),
             },
         )
 

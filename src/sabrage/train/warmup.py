@@ -4,13 +4,14 @@ It trains for real on made-up tokens and then puts model, optimizer and random s
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
 from sabrage.parts import Batch, Knobs
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.session import Session
-from sabrage.train.step import TrainStep
+from sabrage.train.step import TrainStep, micro_rows
 
 
 def warm_up(
@@ -22,7 +23,7 @@ def warm_up(
     vocab_size: int,
     say: Callable[[str], None],
 ) -> int:
-    """Runs two steps of every stage, and the evaluation graph; returns the micro-batch tokens that fit.
+    """Runs every stage's shapes, and the evaluation graph; returns the micro-batch tokens that fit.
 
     When the device runs out of memory the micro-batch is halved, with a message, until a step fits.
     """
@@ -31,24 +32,21 @@ def warm_up(
     device, size = step.world.device, step.world.size
     seen = set()
     for knobs in stages:
-        shape = (knobs.tokens_per_step // knobs.sequence_length // size, knobs.sequence_length)
-        if shape in seen:
+        rows, length = knobs.tokens_per_step // knobs.sequence_length // size, knobs.sequence_length
+        if (rows, length) in seen:
             continue
-        seen.add(shape)
-        tokens_BT = torch.randint(vocab_size, shape, device=device)
-        batch = Batch(tokens_BT, tokens_BT.roll(-1, 1))
-        while not fits(step, batch, knobs):
-            least = knobs.sequence_length
-            if step.micro_tokens <= least:
+        seen.add((rows, length))
+        while not fits(step, rows, knobs, vocab_size=vocab_size):
+            if step.micro_tokens <= length:
                 raise ValueError(
-                    f"one row of {least:,} tokens does not fit into this device's memory; use a smaller "
+                    f"one row of {length:,} tokens does not fit into this device's memory; use a smaller "
                     "model (--set model.layers=..., model.dim=...) or a shorter plan.sequence_length"
                 )
-            step.micro_tokens = max(step.micro_tokens // 2, least)
+            step.micro_tokens = max(step.micro_tokens // 2, length)
             step.optimizers.zero_grad()
             say(
-                f"out of memory; going on with {step.micro_tokens // least} rows a micro-batch "
-                f"(to start there next time: --set runtime.micro_batch={step.micro_tokens // least})"
+                f"out of memory; going on with {step.micro_tokens // length} rows a micro-batch "
+                f"(to start there next time: --set runtime.micro_batch={step.micro_tokens // length})"
             )
     if evaluator is not None:
         evaluator.batch_rows = max(min(evaluator.batch_rows, step.micro_tokens // evaluator.length), 1)
@@ -63,13 +61,22 @@ def warm_up(
     return step.micro_tokens
 
 
-def fits(step: TrainStep, batch: Batch, knobs: Knobs) -> bool:
-    """Runs the step twice (gradients appear in the first); False when it runs out of device memory."""
+def fits(step: TrainStep, rows: int, knobs: Knobs, *, vocab_size: int) -> bool:
+    """Runs micro-batches and updates as in a step of that many rows; False when memory runs out.
+
+    Two micro-batches show all: gradients appear in the first and are added to in the second. Updates are
+    repeated until every optimizer has had its turn.
+    """
+    length, device = knobs.sequence_length, step.world.device
+    micro = micro_rows(torch.Size((rows, length)), step.micro_tokens)
+    tokens_BT = torch.randint(vocab_size, (min(rows, 2 * micro), length), device=device)
+    members = step.optimizers.members
+    rounds = 1 + max(next(n for n in range(1000) if member.part.due(knobs.step + n)) for member in members)
     try:
-        for _ in range(2):
-            step(batch, knobs)
-        if step.world.device.type == "cuda":
-            torch.cuda.synchronize(step.world.device)
+        for offset in range(rounds):
+            step(Batch(tokens_BT, tokens_BT.roll(-1, 1)), replace(knobs, step=knobs.step + offset))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return False
