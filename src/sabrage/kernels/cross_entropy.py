@@ -1,0 +1,442 @@
+"""The cross-entropy head: linear layer, soft-cap and cross-entropy against several target sets, in chunks.
+
+With z = softcap * tanh(h W^T / softcap) over the real vocabulary and n_w the targets of set w not -1,
+
+    total = sum_w weight_w * (1 / n_w) * sum_n (logsumexp(z_n) - z_n[target_nw])
+
+A row's gradient needs only that row: (softmax(z) sum_w c_nw - sum_w c_nw onehot(target_nw))
+times the soft-cap's derivative 1 - (z / softcap)^2, with c_nw = weight_w / n_w. So the forward pass takes a
+chunk of tokens at a time, makes its logits, overwrites them with their gradient and multiplies that into the
+gradients of h and W at once: one chunk of logits is all that ever exists. The backward pass only scales. The
+idea is that of Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); several sets at once serve multi-token
+prediction. Gradients are held times a power of two near N until the end, in the range of fp16 and fp8.
+"""
+
+# Kernels take pointers, which Python has no types for.
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+from sabrage.kernels.cases import Build, Case, Operation, normal
+from sabrage.kernels.language import KernelError, jit, require, tl
+
+# Matrix units and FP8 want multiples of this many rows of W.
+ROW_MULTIPLE = 64
+# A row of 50,304 logits takes seven turns; 32 warps make each thread's load 16 bytes.
+BLOCK, NUM_WARPS = 8192, 32
+
+
+def cross_entropy_head_reference(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    targets_NW: Tensor,
+    *,
+    weights_W: Tensor | None = None,
+    softcap: float | None = None,
+    num_real: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The specification: all logits at once, softmax in fp32 or wider."""
+    raw_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype))[:, : num_real or weight_VD.shape[0]]
+    z_NV = raw_NV.to(torch.promote_types(h_ND.dtype, torch.float32))
+    if softcap:
+        z_NV = softcap * torch.tanh(z_NV / softcap)
+    losses = [
+        F.cross_entropy(z_NV, targets_N, ignore_index=-1, reduction="sum")
+        / (targets_N >= 0).sum().clamp(min=1)
+        for targets_N in targets_NW.unbind(1)
+    ]
+    losses_W = torch.stack(losses)
+    weights_W = torch.ones_like(losses_W) if weights_W is None else weights_W
+    return (weights_W.to(losses_W.dtype) * losses_W).sum(), losses_W.detach()
+
+
+def cross_entropy_head(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    targets_NW: Tensor,
+    *,
+    weights_W: Tensor | None = None,
+    softcap: float | None = None,
+    num_real: int | None = None,
+    fp8: bool = False,
+    chunk_tokens: int = 8192,
+) -> tuple[Tensor, Tensor]:
+    """(weighted total, mean loss of each target set), fp32, in nats; only the total carries gradient.
+
+    `targets_NW` holds W targets for every token, -1 for none; a set without any target counts 0, a target
+    at or beyond `num_real` gives NaN. `weights_W` (default ones) has no gradient. Rows of `weight_VD` from
+    `num_real` on are padding: probability 0, gradient 0. Products run in the dtype of h (of autocast, where
+    it is on); the gradient of the weight is summed in fp32 and returned in the weight's dtype. With `fp8` the
+    logits (e4m3) and the gradient of h (e5m2) are FP8 products, the weight's gradient is not; D must then be
+    a multiple of 16. Raises KernelError for what it cannot take.
+    """
+    num_real = weight_VD.shape[0] if num_real is None else num_real
+    _check(h_ND, weight_VD, targets_NW, num_real, fp8, chunk_tokens)
+    if torch.is_autocast_enabled(h_ND.device.type):
+        h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
+    if weights_W is None:
+        weights_W = torch.ones(targets_NW.shape[1], device=h_ND.device)
+    learns = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
+    total, losses_W, _, _ = _head(
+        h_ND,
+        weight_VD,
+        targets_NW,
+        weights_W.detach().float(),
+        float(softcap or 0),
+        num_real,
+        fp8,
+        chunk_tokens,
+        learns,
+    )
+    return total, losses_W
+
+
+def _check(
+    h_ND: Tensor, weight_VD: Tensor, targets_NW: Tensor, num_real: int, fp8: bool, chunk_tokens: int
+) -> None:
+    if targets_NW.dim() != 2 or len(targets_NW) != len(h_ND) or targets_NW.dtype != torch.int64:
+        raise KernelError(
+            f"targets are {targets_NW.dtype} {tuple(targets_NW.shape)}; allowed: int64 ({len(h_ND)}, sets); "
+            "a single set is targets_N[:, None]"
+        )
+    if not 0 < num_real <= weight_VD.shape[0]:
+        raise KernelError(f"num_real={num_real}, allowed: 1 to the weight's {weight_VD.shape[0]} rows")
+    if chunk_tokens < 1:
+        raise KernelError(f"chunk_tokens={chunk_tokens}, allowed: 1 and up; 8192 is the default")
+    if fp8 and h_ND.shape[1] % 16:
+        raise KernelError(f"FP8 products need a width that 16 divides and got {h_ND.shape[1]}; use fp8=False")
+
+
+@torch.library.custom_op("sabrage::cross_entropy_head", mutates_args=())
+def _head(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    targets_NW: Tensor,
+    weights_W: Tensor,
+    softcap: float,
+    num_real: int,
+    fp8: bool,
+    chunk_tokens: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
+    require(h_ND.device)
+    num_tokens, dim = h_ND.shape
+    table_VD = _padded(weight_VD, h_ND.dtype)
+    counts_W = (targets_NW >= 0).sum(0).clamp(min=1)
+    coefficients_W = weights_W * _held(num_tokens) / counts_W
+    products = _Fp8Products(table_VD, coefficients_W) if fp8 and num_tokens else _Products(table_VD)
+    nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
+    grad_h_ND = torch.empty((num_tokens if learns else 0, dim), device=h_ND.device, dtype=h_ND.dtype)
+    grad_VD = torch.zeros((len(table_VD) if learns else 0, dim), device=h_ND.device, dtype=torch.float32)
+    for start in range(0, num_tokens, chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        h_CD, targets_CW = h_ND[part].contiguous(), targets_NW[part].contiguous()
+        logits_CV, narrow_CV = _row_pass(
+            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, softcap, learns
+        )
+        if learns:
+            products.hidden_gradient(logits_CV, narrow_CV, grad_h_ND[part])
+            _accumulate(grad_VD, logits_CV, h_CD)
+        # The next chunk takes this one's memory.
+        del logits_CV, narrow_CV
+    losses_W = nll_NW.sum(0) / counts_W
+    return (weights_W * losses_W).sum(), losses_W, grad_h_ND, grad_VD[: len(weight_VD)]
+
+
+def _row_pass(
+    products: "_Products",
+    h_CD: Tensor,
+    targets_CW: Tensor,
+    coefficients_W: Tensor,
+    nll_CW: Tensor,
+    num_real: int,
+    softcap: float,
+    learns: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
+    logits_CV = products.logits(h_CD)
+    narrow_CV = products.narrow(logits_CV) if learns else None
+    _rows[(len(h_CD),)](
+        logits_CV,
+        logits_CV if narrow_CV is None else narrow_CV,
+        targets_CW,
+        coefficients_W,
+        products.grad_scale,
+        nll_CW,
+        num_real,
+        softcap,
+        logits_CV.stride(0),
+        SETS=targets_CW.shape[1],
+        CAPPED=softcap > 0,
+        LEARNS=learns,
+        NARROW=narrow_CV is not None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return logits_CV, narrow_CV
+
+
+def _held(num_tokens: int) -> int:
+    """What gradients are multiplied by until the end: a power of two, so that taking it back is exact."""
+    return 1 << max(num_tokens - 1, 0).bit_length()
+
+
+@_head.register_fake
+def _(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    targets_NW: Tensor,
+    weights_W: Tensor,
+    softcap: float,
+    num_real: int,
+    fp8: bool,
+    chunk_tokens: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses_W = weights_W.new_empty(targets_NW.shape[1])
+    grad_h_ND = h_ND.new_empty((h_ND.shape[0] if learns else 0, h_ND.shape[1]))
+    grad_VD = weights_W.new_empty((weight_VD.shape[0] if learns else 0, weight_VD.shape[1]))
+    return weights_W.new_empty(()), losses_W, grad_h_ND, grad_VD
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, losses_W, grad_h_ND, grad_VD = output
+    ctx.save_for_backward(grad_h_ND, grad_VD)
+    ctx.held, ctx.dtypes = _held(inputs[0].shape[0]), (inputs[0].dtype, inputs[1].dtype)
+    ctx.mark_non_differentiable(losses_W, grad_h_ND, grad_VD)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    scale = grad / ctx.held
+    pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    grad_h_ND, grad_VD = ((held.float() * scale).to(dtype) for held, dtype in pairs)
+    return grad_h_ND, grad_VD, None, None, None, None, None, None, None
+
+
+_head.register_autograd(_backward, setup_context=_save)
+
+
+def _padded(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, with rows of zeros up to the next multiple of ROW_MULTIPLE."""
+    extra = -weight_VD.shape[0] % ROW_MULTIPLE
+    return (
+        F.pad(weight_VD.to(dtype), (0, 0, 0, extra)).contiguous()
+        if extra
+        else weight_VD.to(dtype).contiguous()
+    )
+
+
+def _accumulate(grad_VD: Tensor, logit_grads_CV: Tensor, h_CD: Tensor) -> None:
+    """grad += logit_grads^T h, 16-bit factors summed in fp32."""
+    if h_CD.is_cuda and h_CD.dtype != torch.float32:
+        torch.addmm(grad_VD, logit_grads_CV.t(), h_CD, out_dtype=torch.float32, out=grad_VD)
+    else:
+        # Off CUDA torch has no product of 16-bit factors with an fp32 sum.
+        grad_VD.addmm_(logit_grads_CV.t().float(), h_CD.float())
+
+
+class _Products:
+    """The head's products in the dtype of h."""
+
+    def __init__(self, table_VD: Tensor) -> None:
+        self.table_VD = table_VD
+        self.grad_scale = torch.ones((), device=table_VD.device)
+
+    def logits(self, h_CD: Tensor) -> Tensor:
+        return h_CD @ self.table_VD.t()
+
+    def narrow(self, logits_CV: Tensor) -> Tensor | None:
+        """Where the kernel writes a narrower copy of the logits' gradient, if one is wanted."""
+        return None
+
+    def hidden_gradient(self, grad_CV: Tensor, narrow_CV: Tensor | None, out_CD: Tensor) -> None:
+        torch.mm(grad_CV, self.table_VD, out=out_CD)
+
+
+class _Fp8Products(_Products):
+    """FP8 products, one scale a tensor: h and W by their largest value, the gradient by its bound.
+
+    A logit's gradient never exceeds sum_w |c_w|: its scale is known before it is, and e5m2 spans the rest.
+    Every scale is a tensor of its own: cuBLAS wants the pointers aligned to 16 bytes.
+    """
+
+    def __init__(self, table_VD: Tensor, coefficients_W: Tensor) -> None:
+        super().__init__(table_VD)
+        self.quantised_VD, self.scale = _quantised(table_VD)
+        self.quantised_DV = self.quantised_VD.t().contiguous()
+        self.grad_scale = coefficients_W.abs().sum().clamp(min=1e-12) / GRADIENT_RANGE
+
+    def logits(self, h_CD: Tensor) -> Tensor:
+        quantised_CD, scale = _quantised(h_CD)
+        return _scaled_product(quantised_CD, self.quantised_VD.t(), scale, self.scale, h_CD.dtype)
+
+    def narrow(self, logits_CV: Tensor) -> Tensor | None:
+        return torch.empty(logits_CV.shape, device=logits_CV.device, dtype=torch.float8_e5m2)
+
+    def hidden_gradient(self, grad_CV: Tensor, narrow_CV: Tensor | None, out_CD: Tensor) -> None:
+        assert narrow_CV is not None
+        product = _scaled_product(narrow_CV, self.quantised_DV.t(), self.grad_scale, self.scale, out_CD.dtype)
+        out_CD.copy_(product)
+
+
+# Half of e5m2's largest finite value, 57,344: rounding up must not reach infinity.
+GRADIENT_RANGE = 28672.0
+
+
+def _quantised(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(values in e4m3, the scale that restores them)."""
+    scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (values.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    whole = ScalingType.TensorWise
+    return F.scaled_mm(a, b, scale_a, whole, scale_b, whole, output_dtype=dtype)
+
+
+@jit
+def _capped(raw, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): saturates cleanly at both ends.
+        raw = softcap - 2 * softcap / (1 + tl.exp(2 * raw / softcap))
+    return raw
+
+
+@jit
+def _rows(
+    logits,
+    narrow,
+    targets,
+    coefficients,
+    narrow_scale,
+    nll,
+    num_real,
+    softcap,
+    stride,
+    SETS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    LEARNS: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a row: log-sum-exp, the loss of each set, then the gradient in place of the logits."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * stride
+    columns = tl.arange(0, BLOCK)
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, num_real, BLOCK):
+        raw = tl.load(
+            base + start + columns,
+            mask=start + columns < num_real,
+            other=-float("inf"),
+            eviction_policy="evict_last",
+        ).to(tl.float32)
+        # A capped -inf would be -softcap: masked lanes are put out after capping.
+        z = tl.where(start + columns < num_real, _capped(raw, softcap, CAPPED), -float("inf"))
+        new = tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
+        largest = new
+    lse = largest + tl.log(total)
+    weight = 0.0
+    for index in tl.static_range(SETS):
+        target = tl.load(targets + row * SETS + index)
+        inside = (target >= 0) & (target < num_real)
+        raw = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
+        loss = lse - _capped(raw, softcap, CAPPED)
+        tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, loss))
+        coefficient = tl.load(coefficients + index)
+        weight += tl.where(target < 0, 0.0, coefficient)
+    if LEARNS:
+        # No thread may overwrite a target's logit before every thread has read it.
+        tl.debug_barrier()
+        for start in range(0, stride, BLOCK):
+            real = start + columns < num_real
+            again = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_first")
+            capped = _capped(again.to(tl.float32), softcap, CAPPED)
+            grad = weight * tl.exp(capped - lse)
+            for index in tl.static_range(SETS):
+                target = tl.load(targets + row * SETS + index)
+                coefficient = tl.load(coefficients + index)
+                grad -= tl.where(start + columns == target, coefficient, 0.0)
+            if CAPPED:
+                grad *= 1 - (capped / softcap) * (capped / softcap)
+            grad = tl.where(real, grad, 0.0)
+            tl.store(base + start + columns, grad.to(logits.dtype.element_ty), mask=start + columns < stride)
+            if NARROW:
+                scaled = grad / tl.load(narrow_scale)
+                tl.store(
+                    narrow + row * stride + start + columns,
+                    scaled.to(narrow.dtype.element_ty),
+                    mask=start + columns < stride,
+                )
+
+
+def _inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    tokens, dim, rows, sets = (case.sizes[name] for name in ("N", "D", "V", "W"))
+    num_real = case.options.get("num_real", rows)
+    shape, device = (tokens, sets), generator.device
+    targets_NW = torch.randint(0, num_real, shape, generator=generator, device=device)
+    ignored = torch.rand(shape, generator=generator, device=device) < 0.1
+    return {
+        "h_ND": normal(generator, tokens, dim, dtype=dtype, strided=case.strided),
+        "weight_VD": normal(generator, rows, dim, dtype=dtype, scale=dim**-0.5, strided=case.strided),
+        "targets_NW": targets_NW.masked_fill(ignored, -1),
+        "weights_W": 0.5 ** torch.arange(sets, device=device),
+    }
+
+
+def _builds(capability: tuple[int, int]) -> list[Build]:
+    types = {"logits": "*bf16", "narrow": "*bf16", "targets": "*i64", "coefficients": "*fp32"}
+    types |= {
+        "narrow_scale": "*fp32",
+        "nll": "*fp32",
+        "num_real": "i32",
+        "softcap": "fp32",
+        "stride": "i32:16",
+    }
+    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": BLOCK}
+    builds = [Build("cross-entropy rows", _rows, types, constants, NUM_WARPS, 3, max_registers=64)]
+    if capability >= (8, 9):
+        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
+        builds.append(
+            Build("cross-entropy rows, FP8", _rows, types, constants, NUM_WARPS, 3, max_registers=64)
+        )
+    return builds
+
+
+OPERATION = Operation(
+    name="cross_entropy",
+    fused=cross_entropy_head,
+    plain=cross_entropy_head_reference,
+    inputs=_inputs,
+    outputs=("total", "losses"),
+    gradients=("h_ND", "weight_VD"),
+    cases=(
+        Case("odd", {"N": 63, "D": 48, "V": 217, "W": 1}),
+        Case(
+            "padded, capped, three sets",
+            {"N": 17, "D": 32, "V": 256, "W": 3},
+            {"num_real": 250, "softcap": 15.0},
+        ),
+        Case("strided", {"N": 21, "D": 32, "V": 129, "W": 2}, {"softcap": 5.0}, strided=True),
+        Case("empty", {"N": 0, "D": 32, "V": 129, "W": 2}),
+        Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),
+        Case(
+            "GPT-2 head, capped, two sets",
+            {"N": 65536, "D": 768, "V": 50304, "W": 2},
+            {"num_real": 50257, "softcap": 15.0},
+            measured=True,
+        ),
+        Case("odd head", {"N": 20001, "D": 640, "V": 50257, "W": 1}, measured=True),
+    ),
+    memory_bytes=lambda case, size: size * (2 * case.sizes["N"] + 2 * case.sizes["V"]) * case.sizes["D"],
+    flops=lambda case: 6 * case.sizes["N"] * case.sizes["D"] * case.sizes["V"],
+    builds=_builds,
+)

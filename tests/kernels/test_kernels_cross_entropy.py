@@ -1,0 +1,161 @@
+import pytest
+import torch
+
+from sabrage.kernels import cross_entropy as head
+from sabrage.kernels.cases import Case
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
+)
+CASE = Case("here", {"N": 30, "D": 32, "V": 192, "W": 2}, {"num_real": 180, "softcap": 15.0})
+
+
+def arguments(dtype: torch.dtype = torch.float32, case: Case = CASE, device: str = "cpu") -> dict:
+    return head._inputs(case, torch.Generator(device).manual_seed(3), dtype) | case.options
+
+
+def gradients(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[torch.Tensor, ...]:
+    """(total, gradient of h, gradient of the weight), in fp32."""
+    given = arguments(dtype) | changes
+    h, weight = given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_()
+    total, _ = head.cross_entropy_head(**given)
+    total.backward()
+    return total.detach().float(), h.grad.float(), weight.grad.float()
+
+
+@interpreted
+def test_chunks_do_not_change_the_loss_or_its_gradients() -> None:
+    for whole, pieces in zip(gradients(), gradients(chunk_tokens=7), strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+@interpreted
+def test_padding_rows_get_no_gradient_and_no_probability() -> None:
+    total, _, weight_grad = gradients()
+    assert not weight_grad[180:].any()
+    louder = arguments()["weight_VD"]
+    louder[180:] = 100.0
+    torch.testing.assert_close(gradients(weight_VD=louder)[0], total)
+
+
+@interpreted
+def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
+    with torch.no_grad():
+        total, losses_W = head.cross_entropy_head(**arguments())
+    assert torch.equal(total, gradients()[0])
+    assert losses_W.shape == (2,)
+    given = arguments()
+    made = head._head(
+        given["h_ND"], given["weight_VD"], given["targets_NW"], given["weights_W"], 15.0, 180, False, 8, False
+    )
+    assert made[2].numel() == made[3].numel() == 0
+
+
+@interpreted
+def test_a_set_without_targets_counts_nothing() -> None:
+    given = arguments()
+    given["targets_NW"][:, 1] = -1
+    total, losses_W = head.cross_entropy_head(**given)
+    assert losses_W[1] == 0
+    torch.testing.assert_close(total, losses_W[0])
+
+
+@interpreted
+def test_a_target_outside_the_vocabulary_is_loud() -> None:
+    given = arguments()
+    given["targets_NW"][4, 0] = 180
+    assert head.cross_entropy_head(**given)[0].isnan()
+
+
+@interpreted
+def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
+    """A gradient of 1/N a token would leave fp16's range long before a real batch's N."""
+    given = arguments(torch.float16)
+    held = []
+    for copies in (1, 4):
+        tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
+        targets_NW = given["targets_NW"][:16].repeat(copies, 1)
+        held.append(head._head(*tokens, targets_NW, given["weights_W"], 15.0, 180, False, 64, True)[2][:16])
+    torch.testing.assert_close(*held)
+
+
+@interpreted
+def test_fp8_stays_near_the_16_bit_head() -> None:
+    total, h_grad, weight_grad = gradients(torch.float16)
+    total8, h_grad8, weight_grad8 = gradients(torch.float16, fp8=True)
+    assert (total8 - total).abs() < 0.01 * total
+    assert (h_grad8 - h_grad).norm() < 0.1 * h_grad.norm()
+    assert (weight_grad8 - weight_grad).norm() < 0.05 * weight_grad.norm()
+    assert not torch.equal(h_grad8, h_grad)
+
+
+@interpreted
+def test_autocast_decides_the_products_and_the_weight_keeps_its_dtype() -> None:
+    given = arguments()
+    h, weight = given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        total, _ = head.cross_entropy_head(**given)
+    total.backward()
+    narrow = head.cross_entropy_head(**(arguments() | {"h_ND": h.detach().half()}))[0]
+    assert torch.equal(total, narrow)
+    assert h.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@interpreted
+def test_the_registration_of_the_operation_is_sound() -> None:
+    given = arguments()
+    tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], 15.0, 180, False, 8, True))
+
+
+@interpreted
+def test_a_device_that_cannot_run_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(head.KernelError, match=r"on device 'cpu'.*use the plain path"):
+        head.cross_entropy_head(**arguments())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"targets_NW": torch.zeros(30, dtype=torch.int64)}, "targets_N\\[:, None\\]"),
+        ({"num_real": 200}, "num_real=200"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0"),
+        ({"fp8": True, "h_ND": torch.zeros(30, 20), "weight_VD": torch.zeros(192, 20)}, "16 divides"),
+    ],
+)
+@interpreted
+def test_wrong_arguments_are_refused_with_the_remedy(changes: dict, sentence: str) -> None:
+    with pytest.raises(head.KernelError, match=sentence):
+        head.cross_entropy_head(**(arguments() | changes))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_head_never_holds_the_logits_of_the_batch() -> None:
+    case = Case("memory", {"N": 16384, "D": 256, "V": 16384, "W": 1})
+    given = arguments(torch.bfloat16, case, "cuda")
+    h, weight = given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    head.cross_entropy_head(**given, chunk_tokens=2048)[0].backward()
+    held = torch.cuda.max_memory_allocated() - before
+    chunk, results = 2 * 2048 * 16384, 4 * (h.numel() + weight.numel())
+    assert held < chunk + 4 * results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp8_on_the_device_stays_near_the_16_bit_head() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 products need compute capability 8.9")
+    case = Case("fp8", {"N": 512, "D": 256, "V": 4096, "W": 2}, {"num_real": 4000})
+    found = []
+    for fp8 in (False, True):
+        given = arguments(torch.bfloat16, case, "cuda")
+        h = given["h_ND"].requires_grad_()
+        total, _ = head.cross_entropy_head(**given, fp8=fp8, chunk_tokens=128)
+        total.backward()
+        found.append((total.detach(), h.grad.float()))
+    assert (found[1][0] - found[0][0]).abs() < 0.01 * found[0][0]
+    assert (found[1][1] - found[0][1]).norm() < 0.1 * found[0][1].norm()
