@@ -12,8 +12,8 @@ from sabrage.generate.sampling import Sampling, draw
 from sabrage.model.lm import LM, build_model
 from sabrage.parts import Context, Tokenizer
 from sabrage.recipe import Recipe
+from sabrage.run import checkpoint
 from sabrage.run.device import probe
-from sabrage.train import checkpoint
 
 
 def load_model(recipe: Recipe, checkpoints: Path, *, device: torch.device, warn: Callable[[str], None]) -> LM:

@@ -1,1 +1,1 @@
-"""What a run leaves behind and stands on: folder, manifest, log, clocks and the device's facts."""
+"""What a run leaves behind and stands on: folder, log, checkpoints, manifest, clocks, the device's facts."""

@@ -1,1 +1,1 @@
-"""Training: the loop, the step, evaluation, checkpoints and what keeps a run alive."""
+"""Training: the loop, the step, evaluation and what keeps a run alive."""

@@ -12,13 +12,13 @@ from sabrage.config import diff, to_json
 from sabrage.model.counts import flops_per_token, num_parameters
 from sabrage.parts import Corpus, Knobs
 from sabrage.recipe import Recipe
+from sabrage.run import checkpoint
+from sabrage.run.checkpoint import CheckpointError
 from sabrage.run.clocks import Clocks
 from sabrage.run.device import DeviceFacts
 from sabrage.run.folder import RunFolder, write_json
 from sabrage.run.log import Log
 from sabrage.run.manifest import make_manifest
-from sabrage.train import checkpoint
-from sabrage.train.checkpoint import CheckpointError
 from sabrage.train.progress import Progress
 from sabrage.train.session import Session
 from sabrage.train.trackers import make_tracker

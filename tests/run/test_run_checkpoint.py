@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sabrage.train import checkpoint
-from sabrage.train.checkpoint import DESCRIPTION, TENSORS, CheckpointError, load_newest, newest_step, save
+from sabrage.run import checkpoint
+from sabrage.run.checkpoint import DESCRIPTION, TENSORS, CheckpointError, load_newest, newest_step, save
 
 
 def tensors(seed=0):
