@@ -1,5 +1,6 @@
 """The language model: tokens -> embedding -> wiring(blocks) -> head. Read this first, then train/loop.py."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,9 @@ class LM(nn.Module):
             for layer in range(spec.layers)
         )
         self.wiring = spec.wiring.build(dim=spec.dim, num_layers=spec.layers, vocab_size=spec.vocab_size)
-        self.head = spec.head.build(dim=spec.dim, vocab_size=spec.vocab_size)
+        # A tied head brings no weight of its own, so none is drawn for it.
+        with torch.device("meta") if spec.head.tied else nullcontext():
+            self.head = spec.head.build(dim=spec.dim, vocab_size=spec.vocab_size)
         if spec.head.tied:
             self.head.weight = self.embedding.weight
 

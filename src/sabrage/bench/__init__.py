@@ -1,0 +1,1 @@
+"""Measurements that fill results/: speed and memory, always with device, versions, commit and date."""
