@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sabrage.attention.backends import Backend, attend, choose_backend
 from sabrage.attention.rotary import Rotary
+from sabrage.linear import Linear
 from sabrage.norms import rms_norm
 from sabrage.parts import Context, Mixer
 from sabrage.run.device import DeviceFacts
@@ -57,8 +58,8 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, part: MultiHead, *, dim: int, layer: int) -> None:
         super().__init__()
         self.heads, self.layer, self.backend, self.qk_norm = part.heads, layer, part.backend, part.qk_norm
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         if part.zero_init:
             nn.init.zeros_(self.out.weight)
         self.rotary = part.rotary.build(dim // part.heads) if part.rotary else None

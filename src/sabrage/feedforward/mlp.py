@@ -10,6 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.linear import Linear
 from sabrage.parts import FeedForward
 
 
@@ -34,8 +35,8 @@ class Perceptron(nn.Module):
     def __init__(self, part: Mlp, *, dim: int) -> None:
         super().__init__()
         self.activation = part.activation
-        self.up = nn.Linear(dim, part.expansion * dim, bias=False)
-        self.down = nn.Linear(part.expansion * dim, dim, bias=False)
+        self.up = Linear(dim, part.expansion * dim)
+        self.down = Linear(part.expansion * dim, dim)
         if part.zero_init:
             nn.init.zeros_(self.down.weight)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.linear import Linear
 from sabrage.parts import Context, Embedding, Head
 
 # Matrix units want row counts that are multiples of this; the product is padded, never the distribution.
@@ -41,19 +42,18 @@ class LinearHead(Head):
         return 2 * dim * vocab_size
 
 
-class Projection(nn.Module):
+class Projection(Linear):
     """The module of `LinearHead`."""
 
     def __init__(self, *, dim: int, vocab_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Linear(dim, vocab_size, bias=False).weight
+        super().__init__(dim, vocab_size)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., V)."""
         vocab_size = self.weight.shape[0]
         extra = -vocab_size % PRODUCT_MULTIPLE if h_BTD.is_cuda else 0
         weight_VD = F.pad(self.weight, (0, 0, 0, extra)) if extra else self.weight
-        return F.linear(h_BTD, weight_VD)[..., :vocab_size]
+        return self.multiply(h_BTD, weight_VD)[..., :vocab_size]
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that are not -1, softmax in fp32."""

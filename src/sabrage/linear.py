@@ -1,0 +1,51 @@
+"""A linear layer without a bias, y = product(x, W), whose matrix product a `Precision` may replace.
+
+The replacement is for training alone: a scale taken from a whole tensor lets every token see a little of all
+others, and evaluation must stay causal, so there the product is the plain one.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sabrage.config import ConfigError
+
+# product(x_XI, weight_OI) -> y_XO, I inputs and O outputs.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Linear(nn.Linear):
+    """forward(x_XI) -> y_XO; initialised as torch's own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.product: Product = F.linear
+
+    def forward(self, x_XI: Tensor) -> Tensor:
+        return self.multiply(x_XI, self.weight)
+
+    def multiply(self, x_XI: Tensor, weight_OI: Tensor) -> Tensor:
+        """The product of this layer with a weight that may have been padded."""
+        return (self.product if self.training else F.linear)(x_XI, weight_OI)
+
+
+def replace_products(
+    model: nn.Module, patterns: Iterable[str], make: Callable[[str, Linear], Product]
+) -> None:
+    """Gives `make(name, layer)` to every Linear whose module name one of the patterns is found in.
+
+    Raises ConfigError for a pattern that matches none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in layers):
+            kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers}))
+            raise ConfigError(
+                f"precision: product {pattern!r} matches no layer that can take another product; "
+                f"the model has {kinds or 'none'}"
+            )
+    for name, layer in layers.items():
+        if any(re.search(pattern, name) for pattern in patterns):
+            layer.product = make(name, layer)
