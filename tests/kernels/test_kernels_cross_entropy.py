@@ -3,6 +3,8 @@ import torch
 
 from sabrage.kernels import cross_entropy as head
 from sabrage.kernels.cases import Case
+from sabrage.kernels.catalogue import CROSS_ENTROPY
+from sabrage.kernels.language import KernelError
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
@@ -11,7 +13,7 @@ CASE = Case("here", {"N": 30, "D": 32, "V": 192, "W": 2}, {"num_real": 180, "sof
 
 
 def arguments(dtype: torch.dtype = torch.float32, case: Case = CASE, device: str = "cpu") -> dict:
-    return head._inputs(case, torch.Generator(device).manual_seed(3), dtype) | case.options
+    return CROSS_ENTROPY.inputs(case, torch.Generator(device).manual_seed(3), dtype) | case.options
 
 
 def gradients(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[torch.Tensor, ...]:
@@ -111,7 +113,7 @@ def test_the_registration_of_the_operation_is_sound() -> None:
 @interpreted
 def test_a_device_that_cannot_run_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(head.KernelError, match=r"on device 'cpu'.*use the plain path"):
+    with pytest.raises(KernelError, match=r"on device 'cpu'.*use the plain path"):
         head.cross_entropy_head(**arguments())
 
 
@@ -126,7 +128,7 @@ def test_a_device_that_cannot_run_kernels_is_refused(monkeypatch: pytest.MonkeyP
 )
 @interpreted
 def test_wrong_arguments_are_refused_with_the_remedy(changes: dict, sentence: str) -> None:
-    with pytest.raises(head.KernelError, match=sentence):
+    with pytest.raises(KernelError, match=sentence):
         head.cross_entropy_head(**(arguments() | changes))
 
 

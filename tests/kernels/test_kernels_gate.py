@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sabrage.kernels.cases import Case, Operation, failures
 from sabrage.kernels.catalogue import OPERATIONS
@@ -44,16 +45,15 @@ def one_graph(
 ) -> None:
     """Compiled without breaks into one graph, with the outputs and gradients of the eager call."""
     arguments = operation.inputs(case, torch.Generator(device).manual_seed(0), dtype)
-    learning = [name for name in arguments if name in operation.gradients]
     found = []
-    graphs = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(operation.fused, backend=graphs, fullgraph=True, dynamic=False)
     for function in (operation.fused, compiled):
-        fresh = arguments | {name: arguments[name].clone().requires_grad_() for name in learning}
-        outputs = function(**fresh, **case.options)
+        learning = operation.learning(arguments)
+        outputs = function(**arguments | learning, **case.options)
         if learning:
             outputs[0].float().square().sum().backward()
-        found.append([*outputs, *(fresh[name].grad for name in learning)])
+        found.append([*outputs, *(leaf.grad for leaf in learning.values())])
     assert graphs.frame_count == 1
     torch._dynamo.reset()
     for eager, other in zip(*found, strict=True):

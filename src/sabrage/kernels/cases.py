@@ -30,7 +30,8 @@ class Case:
 class Build:
     """One offline compilation: argument types, constants, and the options of the launch.
 
-    `max_registers` (a thread) is what the kernel's design allows. Types are Triton's ("*bf16", "i32"); "i32:16" is a multiple of 16, as every pointer is taken to be.
+    `max_registers` (a thread) is what the kernel's design allows. Types are Triton's ("*bf16", "i32");
+    "i32:16" is a multiple of 16, as every pointer is taken to be.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Operation:
     """A fused operation beside its specification.
 
     `inputs(case, generator, dtype)` makes the named arguments on the generator's device; `fused(**arguments,
-    **case.options)` and `plain(...)` return tuples of tensors. `gradients` names the arguments that learn.
+    **case.options)` and `plain(...)` return tuples of tensors. `gradients` names the arguments that learn,
+    where they are not None. `rival` is what is timed in place of `plain` where that would be unfair.
     `memory_bytes` and `flops` are the least that forward and backward must move and multiply.
     """
 
@@ -61,6 +63,12 @@ class Operation:
     memory_bytes: Callable[[Case, int], int]
     flops: Callable[[Case], int]
     builds: Callable[[tuple[int, int]], list[Build]]
+    rival: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def learning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """The arguments that learn, as fresh leaves."""
+        named = ((name, arguments[name]) for name in self.gradients)
+        return {name: value.detach().clone().requires_grad_() for name, value in named if value is not None}
 
 
 def normal(
@@ -81,7 +89,7 @@ def run(
 ) -> dict[str, Tensor]:
     """Named outputs and named gradients of one forward and backward; what is pulled back is the same
     values, representable in `dtype`, whatever precision the function works in."""
-    learning = {name: arguments[name].detach().requires_grad_() for name in operation.gradients}
+    learning = operation.learning(arguments)
     outputs = function(**{**arguments, **learning}, **case.options)
     found = dict(zip(operation.outputs, outputs, strict=True))
     if learning:

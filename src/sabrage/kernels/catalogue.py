@@ -1,6 +1,182 @@
-"""Every operation of this room, for tests and benchmarks to walk through."""
+"""Every operation of this room with its cases: what tests and benchmarks walk through."""
 
-from sabrage.kernels import cross_entropy
-from sabrage.kernels.cases import Operation
+from typing import Any
 
-OPERATIONS: tuple[Operation, ...] = (cross_entropy.OPERATION,)
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sabrage.kernels import cross_entropy, residual_norm
+from sabrage.kernels.cases import Build, Case, Operation, normal
+
+
+def _cross_entropy_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    tokens, dim, rows, sets = (case.sizes[name] for name in ("N", "D", "V", "W"))
+    num_real = case.options.get("num_real", rows)
+    shape, device = (tokens, sets), generator.device
+    targets_NW = torch.randint(0, num_real, shape, generator=generator, device=device)
+    ignored = torch.rand(shape, generator=generator, device=device) < 0.1
+    return {
+        "h_ND": normal(generator, tokens, dim, dtype=dtype, strided=case.strided),
+        "weight_VD": normal(generator, rows, dim, dtype=dtype, scale=dim**-0.5, strided=case.strided),
+        "targets_NW": targets_NW.masked_fill(ignored, -1),
+        "weights_W": 0.5 ** torch.arange(sets, device=device),
+    }
+
+
+def _cross_entropy_builds(capability: tuple[int, int]) -> list[Build]:
+    types = {"logits": "*bf16", "narrow": "*bf16", "targets": "*i64", "coefficients": "*fp32"}
+    types |= {
+        "narrow_scale": "*fp32",
+        "nll": "*fp32",
+        "num_real": "i32",
+        "softcap": "fp32",
+        "stride": "i32:16",
+    }
+    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
+    builds = [
+        Build(
+            "cross-entropy rows",
+            cross_entropy._rows,
+            types,
+            constants,
+            cross_entropy.NUM_WARPS,
+            3,
+            max_registers=64,
+        )
+    ]
+    if capability >= (8, 9):
+        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
+        builds.append(
+            Build(
+                "cross-entropy rows, FP8",
+                cross_entropy._rows,
+                types,
+                constants,
+                cross_entropy.NUM_WARPS,
+                3,
+                max_registers=64,
+            )
+        )
+    return builds
+
+
+CROSS_ENTROPY = Operation(
+    name="cross_entropy",
+    fused=cross_entropy.cross_entropy_head,
+    plain=cross_entropy.cross_entropy_head_reference,
+    inputs=_cross_entropy_inputs,
+    outputs=("total", "losses"),
+    gradients=("h_ND", "weight_VD"),
+    cases=(
+        Case("odd", {"N": 63, "D": 48, "V": 217, "W": 1}),
+        Case(
+            "padded, capped, three sets",
+            {"N": 17, "D": 32, "V": 256, "W": 3},
+            {"num_real": 250, "softcap": 15.0},
+        ),
+        Case("strided", {"N": 21, "D": 32, "V": 129, "W": 2}, {"softcap": 5.0}, strided=True),
+        Case("empty", {"N": 0, "D": 32, "V": 129, "W": 2}),
+        Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),
+        Case(
+            "GPT-2 head, capped, two sets",
+            {"N": 65536, "D": 768, "V": 50304, "W": 2},
+            {"num_real": 50257, "softcap": 15.0},
+            measured=True,
+        ),
+        Case("odd head", {"N": 20001, "D": 640, "V": 50257, "W": 1}, measured=True),
+    ),
+    memory_bytes=lambda case, size: size * (2 * case.sizes["N"] + 2 * case.sizes["V"]) * case.sizes["D"],
+    flops=lambda case: 6 * case.sizes["N"] * case.sizes["D"] * case.sizes["V"],
+    builds=_cross_entropy_builds,
+)
+
+
+def _residual_norm_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    rows, dim = case.sizes["N"], case.sizes["D"]
+    made: dict[str, Any] = {
+        name: normal(generator, rows, dim, dtype=dtype, strided=case.strided) for name in ("x_ND", "y_ND")
+    }
+    for name, middle in (("weight_D", 1), ("bias_D", 0)):
+        learned = middle + normal(generator, dim, dtype=dtype, scale=0.1)
+        made[name] = learned if case.sizes["weights"] else None
+    return made | {"seed": torch.tensor(2**40 + 7, device=generator.device)}
+
+
+def _residual_norm_rival(
+    x_ND: Tensor,
+    y_ND: Tensor,
+    weight_D: Tensor | None,
+    bias_D: Tensor | None,
+    *,
+    p: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """What one would write without the kernel: torch's own dropout, then the reference."""
+    return residual_norm.residual_norm_reference(
+        x_ND, F.dropout(y_ND, p), weight_D, bias_D, **options | {"seed": None}
+    )
+
+
+def _residual_norm_builds(capability: tuple[int, int]) -> list[Build]:
+    forward = dict.fromkeys(("x", "y", "weight", "bias", "r_out", "n_out"), "*bf16") | {"seed": "*i64"}
+    backward = dict.fromkeys(("grad_r", "grad_n", "r_in", "weight", "grad_x", "grad_y"), "*bf16")
+    backward |= {"seed": "*i64", "sums": "*fp32", "rows": "i32"}
+    numbers = {"dim": "i32:16", "eps": "fp32", "threshold": "i32", "factor": "fp32"}
+    constants = {"LAYER": True, "WEIGHT": True, "DROPS": True, "BLOCK": residual_norm._block(768)}
+    warps = residual_norm._num_warps(residual_norm._block(768))
+    return [
+        Build(
+            "residual norm",
+            residual_norm._forward_rows,
+            forward | numbers,
+            constants | {"BIAS": True},
+            warps,
+            3,
+            64,
+        ),
+        Build(
+            "residual norm, back",
+            residual_norm._backward_rows,
+            backward | numbers,
+            constants | {"OWN": True},
+            warps,
+            3,
+            96,
+        ),
+    ]
+
+
+RESIDUAL_NORM = Operation(
+    name="residual_norm",
+    fused=residual_norm.residual_norm,
+    plain=residual_norm.residual_norm_reference,
+    rival=_residual_norm_rival,
+    inputs=_residual_norm_inputs,
+    outputs=("r", "n"),
+    gradients=("x_ND", "y_ND", "weight_D", "bias_D"),
+    cases=(
+        Case("odd", {"N": 37, "D": 217, "weights": 0}),
+        Case("layer norm", {"N": 19, "D": 63, "weights": 1}, {"kind": "layer"}),
+        Case("dropout", {"N": 23, "D": 100, "weights": 1}, {"p": 0.3, "scale": 0.25}),
+        Case("strided", {"N": 9, "D": 96, "weights": 0}, {"kind": "layer", "p": 0.5}, strided=True),
+        Case("empty", {"N": 0, "D": 64, "weights": 1}, {"p": 0.1}),
+        Case("GPT-2 stream", {"N": 65536, "D": 768, "weights": 0}, measured=True),
+        Case("GPT-2 stream, dropout", {"N": 65536, "D": 768, "weights": 0}, {"p": 0.1}, measured=True),
+        Case(
+            "LayerNorm, dropout",
+            {"N": 65536, "D": 768, "weights": 1},
+            {"kind": "layer", "p": 0.1},
+            measured=True,
+        ),
+        Case("odd stream", {"N": 20001, "D": 1000, "weights": 1}, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size * case.sizes["N"] * case.sizes["D"] * (9 if case.options.get("p") else 8)
+    ),
+    flops=lambda case: 0,
+    builds=_residual_norm_builds,
+)
+
+
+OPERATIONS = (CROSS_ENTROPY, RESIDUAL_NORM)

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from sabrage.kernels.cases import Build, Case, Operation, normal
 from sabrage.kernels.language import KernelError, jit, require, tl
 
 # Matrix units and FP8 want multiples of this many rows of W.
@@ -189,16 +188,9 @@ def _held(num_tokens: int) -> int:
 
 @_head.register_fake
 def _(
-    h_ND: Tensor,
-    weight_VD: Tensor,
-    targets_NW: Tensor,
-    weights_W: Tensor,
-    softcap: float,
-    num_real: int,
-    fp8: bool,
-    chunk_tokens: int,
-    learns: bool,
+    h_ND: Tensor, weight_VD: Tensor, targets_NW: Tensor, weights_W: Tensor, *plain: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    learns = plain[-1]
     losses_W = weights_W.new_empty(targets_NW.shape[1])
     grad_h_ND = h_ND.new_empty((h_ND.shape[0] if learns else 0, h_ND.shape[1]))
     grad_VD = weights_W.new_empty((weight_VD.shape[0] if learns else 0, weight_VD.shape[1]))
@@ -376,67 +368,3 @@ def _rows(
                     scaled.to(narrow.dtype.element_ty),
                     mask=start + columns < stride,
                 )
-
-
-def _inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    tokens, dim, rows, sets = (case.sizes[name] for name in ("N", "D", "V", "W"))
-    num_real = case.options.get("num_real", rows)
-    shape, device = (tokens, sets), generator.device
-    targets_NW = torch.randint(0, num_real, shape, generator=generator, device=device)
-    ignored = torch.rand(shape, generator=generator, device=device) < 0.1
-    return {
-        "h_ND": normal(generator, tokens, dim, dtype=dtype, strided=case.strided),
-        "weight_VD": normal(generator, rows, dim, dtype=dtype, scale=dim**-0.5, strided=case.strided),
-        "targets_NW": targets_NW.masked_fill(ignored, -1),
-        "weights_W": 0.5 ** torch.arange(sets, device=device),
-    }
-
-
-def _builds(capability: tuple[int, int]) -> list[Build]:
-    types = {"logits": "*bf16", "narrow": "*bf16", "targets": "*i64", "coefficients": "*fp32"}
-    types |= {
-        "narrow_scale": "*fp32",
-        "nll": "*fp32",
-        "num_real": "i32",
-        "softcap": "fp32",
-        "stride": "i32:16",
-    }
-    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": BLOCK}
-    builds = [Build("cross-entropy rows", _rows, types, constants, NUM_WARPS, 3, max_registers=64)]
-    if capability >= (8, 9):
-        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
-        builds.append(
-            Build("cross-entropy rows, FP8", _rows, types, constants, NUM_WARPS, 3, max_registers=64)
-        )
-    return builds
-
-
-OPERATION = Operation(
-    name="cross_entropy",
-    fused=cross_entropy_head,
-    plain=cross_entropy_head_reference,
-    inputs=_inputs,
-    outputs=("total", "losses"),
-    gradients=("h_ND", "weight_VD"),
-    cases=(
-        Case("odd", {"N": 63, "D": 48, "V": 217, "W": 1}),
-        Case(
-            "padded, capped, three sets",
-            {"N": 17, "D": 32, "V": 256, "W": 3},
-            {"num_real": 250, "softcap": 15.0},
-        ),
-        Case("strided", {"N": 21, "D": 32, "V": 129, "W": 2}, {"softcap": 5.0}, strided=True),
-        Case("empty", {"N": 0, "D": 32, "V": 129, "W": 2}),
-        Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),
-        Case(
-            "GPT-2 head, capped, two sets",
-            {"N": 65536, "D": 768, "V": 50304, "W": 2},
-            {"num_real": 50257, "softcap": 15.0},
-            measured=True,
-        ),
-        Case("odd head", {"N": 20001, "D": 640, "V": 50257, "W": 1}, measured=True),
-    ),
-    memory_bytes=lambda case, size: size * (2 * case.sizes["N"] + 2 * case.sizes["V"]) * case.sizes["D"],
-    flops=lambda case: 6 * case.sizes["N"] * case.sizes["D"] * case.sizes["V"],
-    builds=_builds,
-)
