@@ -6,7 +6,9 @@ comes back from JSON checked field by field, and can be changed at one leaf with
 
 import dataclasses
 import difflib
+import functools
 import json
+import operator
 import types
 import typing
 from collections.abc import Iterator
@@ -34,9 +36,17 @@ class Part:
         """Sentences about what is wrong with this part's own values; empty when it can be used."""
         return []
 
+    def refusal(self, facts: Any) -> str | None:
+        """A sentence saying why the device that `facts` describes cannot do it, or None when it can."""
+        return None
+
     def resolve(self, facts: Any) -> Self:
         """The same part with every "auto" replaced by a choice for the device that `facts` describes."""
         return self
+
+    def narrow(self, facts: Any) -> Any:
+        """What the parts inside this one need to know beside the device, added to `facts`."""
+        return facts
 
 
 def part_classes() -> dict[str, type[Part]]:
@@ -71,21 +81,12 @@ def from_json(data: Json, expected: Any = Part, *, path: str = "recipe") -> Any:
     """The value that `to_json` wrote, checked against the type `expected`. Raises ConfigError."""
     if isinstance(data, dict):
         return _part_from_json(data, expected, path)
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if isinstance(data, list) and (origin in (typing.Union, types.UnionType)):
-        tuples = [choice for choice in arguments if typing.get_origin(choice) is tuple]
-        if tuples:
-            return from_json(data, tuples[0], path=path)
-    if isinstance(data, list):
-        if origin is not tuple:
-            raise ConfigError(f"{path}: got a list, allowed: {describe(expected)}")
-        homogeneous = len(arguments) == 2 and arguments[1] is Ellipsis
-        if not homogeneous and len(arguments) != len(data):
-            raise ConfigError(f"{path}: got {len(data)} values, allowed: {len(arguments)}")
-        kinds = [arguments[0]] * len(data) if homogeneous else arguments
-        pairs = enumerate(zip(data, kinds, strict=True))
-        return tuple(from_json(item, kind, path=f"{path}.{index}") for index, (item, kind) in pairs)
-    return check_type(data, expected, path)
+    if not isinstance(data, list):
+        return check_type(data, expected, path)
+    kinds = item_types(expected, len(data), path)
+    pairs = enumerate(zip(data, kinds, strict=True))
+    made = [from_json(item, kind, path=f"{path}.{index}") for index, (item, kind) in pairs]
+    return check_type(tuple(made), expected, path)
 
 
 def _part_from_json(data: dict[str, Json], expected: Any, path: str) -> Part:
@@ -112,6 +113,26 @@ def _part_from_json(data: dict[str, Json], expected: Any, path: str) -> Part:
     return made
 
 
+def item_types(expected: Any, length: int, path: str) -> list[Any]:
+    """The type of each item of a tuple of `length` in a field of type `expected`. Raises ConfigError.
+
+    Where several tuple types are allowed, an item may be what any of them says.
+    """
+    union = typing.get_origin(expected) in (typing.Union, types.UnionType)
+    fitting = []
+    for choice in typing.get_args(expected) if union else (expected,):
+        kinds = typing.get_args(choice)
+        if typing.get_origin(choice) is not tuple:
+            continue
+        if kinds[-1:] == (Ellipsis,):
+            fitting.append([kinds[0]] * length)
+        elif len(kinds) == length:
+            fitting.append(list(kinds))
+    if not fitting:
+        raise ConfigError(f"{path}: got a list of {length}, allowed: {describe(expected)}")
+    return [functools.reduce(operator.or_, kinds) for kinds in zip(*fitting, strict=True)]
+
+
 def describe(expected: Any) -> str:
     """The allowed values of a field's type, in words."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
@@ -120,13 +141,26 @@ def describe(expected: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(choice) for choice in arguments)
     if origin is tuple:
-        return f"a list of {describe(arguments[0])}"
+        endless = arguments[-1:] == (Ellipsis,)
+        items = [describe(kind) for kind in (arguments[:1] if endless else arguments)]
+        return f"a list of {'any number' if endless else len(items)} ({', '.join(items)})"
     if isinstance(expected, type) and issubclass(expected, Part):
-        names = [name for name, part in sorted(part_classes().items()) if issubclass(part, expected)]
-        return "a part: " + ", ".join(names)
+        return "a part: " + ", ".join(choices(expected))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
         expected, "none" if expected in (None, type(None)) else str(expected)
     )
+
+
+def choices(expected: Any) -> list[str]:
+    """The names that a field of this type may be given: text literals and part classes."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is typing.Literal:
+        return [choice for choice in arguments if isinstance(choice, str)]
+    if origin in (typing.Union, types.UnionType):
+        return [name for choice in arguments for name in choices(choice)]
+    if isinstance(expected, type) and issubclass(expected, Part):
+        return [name for name, part in sorted(part_classes().items()) if issubclass(part, expected)]
+    return []
 
 
 def check_type(value: Any, expected: Any, path: str) -> Any:
@@ -142,7 +176,8 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
             except ConfigError:
                 continue
     elif origin is typing.Literal:
-        if value in arguments:
+        # By type too: True equals 1.
+        if any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
     elif origin is tuple and isinstance(value, tuple):
         kinds = [arguments[0]] * len(value) if arguments[-1:] == (Ellipsis,) else list(arguments)
@@ -157,7 +192,8 @@ def check_type(value: Any, expected: Any, path: str) -> Any:
     elif expected is None and value is None:
         return None
     got = type(value).__name__ if isinstance(value, Part) else repr(value)
-    raise ConfigError(f"{path}: got {got}, allowed: {describe(expected)}")
+    hint = nearest(value, choices(expected)) if isinstance(value, str) else ""
+    raise ConfigError(f"{path}: got {got}{hint}, allowed: {describe(expected)}")
 
 
 def override(part: PartType, assignment: str) -> PartType:
@@ -165,28 +201,35 @@ def override(part: PartType, assignment: str) -> PartType:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
         raise ConfigError(f"got {assignment!r}, allowed: FIELD.FIELD=VALUE, such as plan.steps=100")
+    return _replace(part, path.split("."), text, done="", expected=type(part))
+
+
+def _read(text: str, expected: Any) -> Json:
+    """What was typed, as JSON data for a field of this type."""
+    if expected is not str and text in part_classes():
+        return {"part": text}
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        value = {"None": None, "True": True, "False": False}.get(text, text)
-    return _replace(part, path.split("."), value, done="")
+        return {"None": None, "True": True, "False": False}.get(text, text)
+    # A folder may well be called 2024.
+    return text if expected is str and not isinstance(value, str) else value
 
 
-def _replace(value: Any, keys: list[str], new: Json, *, done: str, expected: Any = Any) -> Any:
+def _replace(value: Any, keys: list[str], text: str, *, done: str, expected: Any) -> Any:
     here = done or type(value).__name__
     if not keys:
-        if isinstance(new, str) and new in part_classes() and expected is not str:
-            new = {"part": new}
-        return from_json(new, expected, path=here)
+        return from_json(_read(text, expected), expected, path=here)
     key, rest = keys[0], keys[1:]
     path = f"{done}.{key}" if done else key
     if isinstance(value, tuple):
-        if not key.isdigit() or int(key) >= len(value):
-            raise ConfigError(f"{here}: got index {key!r}, allowed: 0 to {len(value) - 1}")
+        if not key.isdecimal() or int(key) >= len(value):
+            allowed = f"0 to {len(value) - 1}" if value else "none, it is empty"
+            raise ConfigError(f"{here}: got index {key!r}, allowed: {allowed}")
         index = int(key)
-        kind = typing.get_args(expected)[0] if typing.get_args(expected) else Any
-        changed = _replace(value[index], rest, new, done=path, expected=kind)
-        return (*value[:index], changed, *value[index + 1 :])
+        kind = item_types(expected, len(value), here)[index]
+        item = _replace(value[index], rest, text, done=path, expected=kind)
+        return check_type((*value[:index], item, *value[index + 1 :]), expected, here)
     if not isinstance(value, Part):
         raise ConfigError(f"{here} is {value!r} and has no field {key!r}")
     names = [field.name for field in dataclasses.fields(value)]
@@ -194,7 +237,7 @@ def _replace(value: Any, keys: list[str], new: Json, *, done: str, expected: Any
         fields = ", ".join(names) or "none"
         raise ConfigError(f"{here} has no field {key!r}{nearest(key, names)}; its fields: {fields}")
     hint = typing.get_type_hints(type(value))[key]
-    changed = _replace(getattr(value, key), rest, new, done=path, expected=hint)
+    changed = _replace(getattr(value, key), rest, text, done=path, expected=hint)
     return dataclasses.replace(value, **{key: changed})
 
 
@@ -204,8 +247,8 @@ def resolve(value: Any, facts: Any) -> Any:
         return tuple(resolve(item, facts) for item in value)
     if not isinstance(value, Part):
         return value
-    names = [field.name for field in dataclasses.fields(value)]
-    children = {name: resolve(getattr(value, name), facts) for name in names}
+    names, within = [field.name for field in dataclasses.fields(value)], value.narrow(facts)
+    children = {name: resolve(getattr(value, name), within) for name in names}
     changed = {name: child for name, child in children.items() if child != getattr(value, name)}
     return (dataclasses.replace(value, **changed) if changed else value).resolve(facts)
 

@@ -30,7 +30,8 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 on success, 1 for what could not be done, 2 for bad usage, 130 after Ctrl-C.
+    """Runs one command; 0 on success, 1 for what could not be done, 2 for bad usage, 130 after Ctrl-C
+    (143 after SIGTERM).
 
     Errors that a user can mend are ValueErrors: they are printed as a sentence, without a traceback.
     """
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="sabrage",
         description=DESCRIPTION,
         args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
         return command.run()

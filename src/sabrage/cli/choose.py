@@ -3,18 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sabrage.config import ConfigError, from_json, override
+import torch
+
+from sabrage.config import ConfigError, from_json, leaves, override
+from sabrage.model.lm import LM
+from sabrage.parts import Tokenizer
 from sabrage.recipe import Recipe
 from sabrage.recipes import find
+from sabrage.run.device import choose_device
 from sabrage.run.folder import RunFolder, read_run
-
-if TYPE_CHECKING:
-    import torch
-
-    from sabrage.model.lm import LM
-    from sabrage.parts import Tokenizer
 
 
 def changed(
@@ -29,6 +27,18 @@ def changed(
     return recipe
 
 
+def named_device(name: str) -> torch.device:
+    """The device of that name. Raises ConfigError for a name that torch does not know or a card not there."""
+    try:
+        device = choose_device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:1, mps") from error
+    cards = torch.cuda.device_count()
+    if device.type == "cuda" and cards and (device.index or 0) >= cards:
+        raise ConfigError(f"device {name!r} is not there; this machine has cuda:0 to cuda:{cards - 1}")
+    return device
+
+
 def recipe_of_run(path: Path) -> Recipe:
     """The recipe that the manifest of a run folder holds."""
     recipe = from_json(json.loads(RunFolder(path).manifest.read_text())["recipe"], Recipe)
@@ -38,14 +48,14 @@ def recipe_of_run(path: Path) -> Recipe:
 
 def newest_run(recipe: str, *, root: Path = Path("runs")) -> RunFolder:
     """The run of this recipe in `root` that was started last. Raises ConfigError when there is none."""
-    runs = [path.parent for path in root.glob("*/manifest.json")]
-    mine = [path for path in runs if read_run(path).manifest["recipe"]["name"] == recipe]
-    if not mine:
+    manifests = {path.parent: json.loads(path.read_text()) for path in root.glob("*/manifest.json")}
+    started = {path: made["started"] for path, made in manifests.items() if made["recipe"]["name"] == recipe}
+    if not started:
         raise ConfigError(f"no run of {recipe!r} in {root}/ to resume; name its folder with --out")
-    return RunFolder(max(mine, key=lambda path: read_run(path).manifest["started"]))
+    return RunFolder(max(started, key=lambda path: (started[path], path)))
 
 
-def model_of_run(path: Path, *, device: "torch.device") -> tuple[Recipe, "LM"]:
+def model_of_run(path: Path, *, device: torch.device) -> tuple[Recipe, LM]:
     """The recipe of a run and the model of its newest good checkpoint."""
     from sabrage.cli.console import say
     from sabrage.generate.text import load_model
@@ -56,7 +66,13 @@ def model_of_run(path: Path, *, device: "torch.device") -> tuple[Recipe, "LM"]:
     return recipe, load_model(recipe, folder.checkpoints, device=device, warn=say)
 
 
-def tokenizer_of(recipe: Recipe, *, ranks: Path | None = None) -> "Tokenizer":
+def data_folder(recipe: Recipe) -> str | None:
+    """The folder that the recipe reads, or None when it brings its own text."""
+    path = dict(leaves(recipe.data)).get("path")
+    return path if isinstance(path, str) else None
+
+
+def tokenizer_of(recipe: Recipe, *, ranks: Path | None = None) -> Tokenizer:
     """The tokenizer that the recipe's vocabulary belongs to. Raises ConfigError when it has none."""
     from sabrage.data.tokenizer import ByteTokenizer, GPT2Tokenizer, folder_tokenizer
 
@@ -66,4 +82,4 @@ def tokenizer_of(recipe: Recipe, *, ranks: Path | None = None) -> "Tokenizer":
         raise ConfigError(f"a vocabulary of {recipe.model.vocab_size} tokens has no known tokenizer")
     if ranks is not None:
         return GPT2Tokenizer(ranks)
-    return folder_tokenizer(Path(getattr(recipe.data, "path", ".")))
+    return folder_tokenizer(Path(data_folder(recipe) or "."))

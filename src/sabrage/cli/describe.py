@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class List:
-    """Name every recipe, with one line each."""
+    """Name every recipe, with one line each.
+
+    Try:
+      sabrage list
+    """
 
     def run(self) -> int:
         from rich.console import Console
@@ -36,16 +40,13 @@ class Show:
 
     Each line of the parts is a field that `--set` can change.
 
-    Examples:
-
+    Try:
       sabrage show nocap
-
       sabrage show demo --set model.layers=6
-
       sabrage show nocap --json
     """
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Name of the recipe."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -65,8 +66,7 @@ class Show:
         for path, value in leaves(recipe):
             print(f"{path} = {json.dumps(value)}")
         print()
-        show_costs(recipe)
-        recipe.validate()
+        show_costs(recipe.validate())
         return 0
 
 
@@ -90,7 +90,12 @@ def show_costs(recipe: "Recipe") -> None:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Look at this machine and say for each recipe whether it runs here, and if not, why."""
+    """Look at this machine and say for each recipe whether it runs here, and if not, why.
+
+    Try:
+      sabrage doctor
+      sabrage doctor --device cpu
+    """
 
     device: str = "auto"
     """cpu, cuda, mps or auto."""
@@ -98,27 +103,20 @@ class Doctor:
     def run(self) -> int:
         from rich.console import Console
 
+        from sabrage.cli.choose import data_folder, named_device
         from sabrage.recipes import RECIPES
-        from sabrage.run.device import choose_device
         from sabrage.run.doctor import examine, judge, render
 
         folders = {Path(path) for recipe in RECIPES.values() if (path := data_folder(recipe))}
-        found = examine(choose_device(self.device), folder=Path(), data_folders=sorted(folders))
+        found = examine(named_device(self.device), folder=Path(), data_folders=sorted(folders))
         verdicts = [judge(needs(recipe, found.device), found) for recipe in RECIPES.values()]
         Console().print(render(found, verdicts))
         return 0
 
 
-def data_folder(recipe: "Recipe") -> str | None:
-    """The folder that the recipe reads, or None when it brings its own text."""
-    from sabrage.config import leaves
-
-    path = dict(leaves(recipe.data)).get("path")
-    return path if isinstance(path, str) else None
-
-
 def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
     """What the recipe asks of this device."""
+    from sabrage.cli.choose import data_folder
     from sabrage.model.counts import memory_estimate, num_parameters
     from sabrage.run.doctor import Needs, find_data
     from sabrage.train.loop import micro_batch_tokens

@@ -1,6 +1,6 @@
 """`sabrage eval`: the validation loss of a trained model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +13,12 @@ class Eval:
 
     The metric is the mean next-token cross-entropy in nats over the first targets of the split.
 
-    Examples:
-
+    Try:
       sabrage eval runs/demo-20260101-120000
-
       sabrage eval runs/mine --data data/fineweb --length 2048 --device cuda
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional]
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
 
     data: Path | None = None
@@ -38,24 +36,26 @@ class Eval:
     def run(self) -> int:
         import math
 
-        from sabrage.cli.choose import model_of_run
+        from sabrage.cli.choose import model_of_run, named_device
         from sabrage.cli.console import say
-        from sabrage.run.device import choose_device, probe
+        from sabrage.run.device import probe
         from sabrage.train.evaluate import Evaluator
         from sabrage.train.world import World
 
-        device = choose_device(self.device)
+        device = named_device(self.device)
         recipe, model = model_of_run(self.run_folder, device=device)
-        recipe.validate(probe(device))
+        asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
+        budget = replace(recipe.budget, **{name: value for name, value in asked.items() if value is not None})
+        recipe = replace(recipe, budget=budget).validate(probe(device))
         corpus = recipe.data.open(self.data)
-        num_targets = self.tokens or recipe.budget.evaluation_tokens
+        num_targets = budget.evaluation_tokens
         evaluator = Evaluator(
             model,
             recipe.precision,
             World(device),
             corpus.validation,
             num_targets=num_targets,
-            length=self.length or recipe.budget.evaluation_length,
+            length=budget.evaluation_length,
             batch_tokens=8192,
             compile=False,
         )

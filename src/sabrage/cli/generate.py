@@ -11,14 +11,12 @@ import tyro
 class Generate:
     """Write text with the newest checkpoint of a run, token by token.
 
-    Examples:
-
+    Try:
       sabrage generate runs/demo-20260101-120000 --prompt "The " --temperature 0.8
-
       sabrage generate runs/mine --prompt "Once upon a time" --top-k 50 --max-tokens 200 --seed 3
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional]
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
 
     prompt: str = ""
@@ -46,13 +44,12 @@ class Generate:
     """File of the GPT-2 ranks, where they cannot be downloaded."""
 
     def run(self) -> int:
-        from sabrage.cli.choose import model_of_run, tokenizer_of
+        from sabrage.cli.choose import model_of_run, named_device, tokenizer_of
         from sabrage.generate.sampling import Sampling
         from sabrage.generate.text import generate, stream_text
-        from sabrage.run.device import choose_device
 
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        recipe, model = model_of_run(self.run_folder, device=choose_device(self.device))
+        recipe, model = model_of_run(self.run_folder, device=named_device(self.device))
         tokenizer = tokenizer_of(recipe, ranks=self.ranks)
         tokens = generate(
             model,

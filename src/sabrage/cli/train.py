@@ -18,22 +18,18 @@ if TYPE_CHECKING:
 class Train:
     """Train a recipe; everything that the run leaves behind goes into one folder.
 
-    Ctrl-C saves a checkpoint and ends; the same command with --resume goes on, bit for bit on a CPU.
+    Ctrl-C saves a checkpoint and ends; --resume goes on with the same recipe, bit for bit on a CPU.
 
-    Examples:
-
+    Try:
       sabrage train demo
-
       sabrage train nocap --set data.path=data/fineweb --seed 1
-
       sabrage train nocap --steps 200 --set plan.tokens_per_step=65536
-
       sabrage train nocap --out runs/mine --resume
 
     Several GPUs: torchrun --nproc-per-node 2 -m sabrage train nocap
     """
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Name of the recipe (`sabrage list` shows them)."""
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -61,13 +57,13 @@ class Train:
     """Also send the log there (needs the extra `track`)."""
 
     def run(self) -> int:
+        from sabrage.cli.choose import named_device
         from sabrage.run.clocks import Clocks
-        from sabrage.run.device import choose_device
         from sabrage.train.loop import train
         from sabrage.train.world import start_world
 
         clocks = Clocks()
-        with start_world(choose_device(self.device)) as world:
+        with start_world(named_device(self.device)) as world:
             recipe, folder = self.prepare(leads=world.leads)
             corpus = recipe.data.open()
             if world.leads:
@@ -84,7 +80,7 @@ class Train:
             )
             if world.leads:
                 conclude(recipe, corpus, folder, outcome)
-        return 128 + signal.SIGINT if outcome.ending == "interrupted" else 0
+        return 128 + (outcome.signal or signal.SIGINT) if outcome.ending == "interrupted" else 0
 
     def prepare(self, *, leads: bool) -> tuple["Recipe", "RunFolder"]:
         """The recipe with its changes, and the folder of the run."""

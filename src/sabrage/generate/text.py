@@ -45,6 +45,8 @@ def generate(
     """Yields up to `max_tokens` new tokens, each as soon as it is known; stops at `end_of_text`."""
     if not prompt:
         raise ValueError("the prompt has no tokens; give at least one, such as end-of-text")
+    if max_tokens < 1:
+        raise ValueError(f"got max_tokens={max_tokens}, allowed: 1 or more")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     cache = DenseCache(model.spec, batch=1, capacity=len(prompt) + max_tokens, device=device)

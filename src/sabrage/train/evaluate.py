@@ -39,7 +39,7 @@ class Evaluator:
         self.model, self.precision, self.world = model, precision, world
         self.tokens = validation[: num_targets + 1].astype(np.int64)
         self.num_targets, self.length = num_targets, length
-        self.batch_rows = max(batch_tokens // length, 1)
+        self.batch_rows = max(min(batch_tokens, num_targets) // length, 1)
         self.score: Callable = compiled(self._score, compile)
 
     def _score(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sabrage.config import resolve
+from sabrage.config import ConfigError, resolve
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
 from sabrage.model.lm import build_model
@@ -27,17 +27,21 @@ from sabrage.train.warmup import warm_up
 from sabrage.train.world import World
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(ValueError):
     """Training cannot go on: names the step, the last good checkpoint and what to try."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "done", "target" or "interrupted", its last validation loss (nats) and steps done."""
+    """How a run ended: "done", "target" or "interrupted", its last validation loss (nats) and steps done.
+
+    `signal` is the one that interrupted this process, or None.
+    """
 
     ending: str
     validation_loss: float | None
     steps: int
+    signal: int | None = None
 
 
 def train(
@@ -50,9 +54,13 @@ def train(
     tracker: str = "none",
     clocks: Clocks | None = None,
 ) -> Outcome:
-    """Runs `recipe` to its last step, its target or an interruption, and leaves everything in `folder`."""
+    """Runs `recipe` to its last step, its target or an interruption, and leaves everything in `folder`.
+
+    Raises ConfigError for what cannot run and TrainingStopped when loss or weights are no longer finite.
+    """
     facts = probe(world.device)
     asked, recipe = recipe, resolve(recipe, facts).validate(facts)
+    check_data(recipe, corpus, world)
     clocks = clocks or Clocks()
     compile = recipe.runtime.compile == "on"
     use_compile_cache(compile)
@@ -84,9 +92,10 @@ def train(
                 warm_up(session, step, stages, evaluator, vocab_size=vocab_size, say=recorder.message)
         if resume:
             recorder.restore(session)
-        ending = run_steps(recipe, session, step, evaluator, corpus, recorder, clocks)
-        recorder.finish(ending, session.step)
-        return Outcome(ending, recorder.validation_loss, session.step)
+        with Interruption() as stop:
+            ending = run_steps(recipe, session, step, evaluator, corpus, recorder, clocks, stop)
+            recorder.finish(ending, session.step)
+        return Outcome(ending, recorder.validation_loss, session.step, stop.signal)
 
 
 def run_steps(
@@ -97,13 +106,14 @@ def run_steps(
     corpus: Corpus,
     recorder: Recorder,
     clocks: Clocks,
+    stop: Interruption,
 ) -> str:
     """The loop itself; returns how it ended."""
     plan, budget, world = recipe.plan, recipe.budget, step.world
     losses: list[Tensor] = []
     if session.step >= plan.steps:
         return "done"
-    with Interruption() as stop, make_loader(recipe, session, corpus, world) as loader:
+    with make_loader(recipe, corpus, world, step=session.step, block=session.block) as loader:
         clocks.start("train")
         while session.step < plan.steps:
             knobs = plan.at(session.step)
@@ -114,20 +124,23 @@ def run_steps(
             last = session.step == plan.steps
             evaluating = last or due(session.step, budget.evaluate_every)
             saving = last or due(session.step, budget.checkpoint_every)
-            stopping = world.any(stop.signal is not None)
-            if evaluating or saving or stopping or due(session.step, budget.log_every):
+            pausing = evaluating or saving or due(session.step, budget.log_every)
+            # Asking other processes waits for the device, so it is done only where the loop waits anyway.
+            stopping = (pausing or world.size == 1) and world.any(stop.signal is not None)
+            if pausing or stopping:
                 values = torch.stack(losses).tolist()
                 losses.clear()
                 clocks.stop()
                 recorder.trained(session.step, values, knobs)
-                if not all(map(math.isfinite, values)):
+                keeping = saving or stopping
+                if not all(map(math.isfinite, values)) or (keeping and not session.is_finite()):
                     raise TrainingStopped(recorder.not_finite(session.step, values))
                 if evaluating:
                     with clocks.phase("validation"):
                         loss = evaluator()
                     recorder.validated(session.step, loss)
                 reached = evaluating and recorder.reached(budget.target)
-                if saving or stopping or reached:
+                if keeping or reached:
                     with clocks.phase("checkpoint"):
                         recorder.save(session)
                 if reached and not last:
@@ -155,8 +168,20 @@ def build_learner(recipe: Recipe, world: World) -> Learner:
     return learner
 
 
-def make_loader(recipe: Recipe, session: Session, corpus: Corpus, world: World) -> Loader:
-    """The training stream from where the session stands, prefetched."""
+def check_data(recipe: Recipe, corpus: Corpus, world: World) -> None:
+    """Reads a step of every stage, so that data which does not fit is refused before anything compiles."""
+    if corpus.vocab_size > recipe.model.vocab_size:
+        raise ConfigError(
+            f"the data has {corpus.vocab_size:,} token ids and the model {recipe.model.vocab_size:,}; use "
+            f"--set model.vocab_size={corpus.vocab_size}, or the data that the model is meant for"
+        )
+    for knobs in recipe.plan.stages():
+        with make_loader(recipe, corpus, world, step=knobs.step, block=0) as loader:
+            next(loader)
+
+
+def make_loader(recipe: Recipe, corpus: Corpus, world: World, *, step: int, block: int) -> Loader:
+    """The training stream from a step and its first block on, prefetched."""
 
     def shapes(step: int) -> tuple[int, int]:
         knobs: Knobs = recipe.plan.at(step)
@@ -165,8 +190,8 @@ def make_loader(recipe: Recipe, session: Session, corpus: Corpus, world: World) 
     return Loader(
         corpus.train,
         shapes=shapes,
-        start_step=session.step,
-        start_block=session.block,
+        start_step=step,
+        start_block=block,
         rank=world.rank,
         world_size=world.size,
         device=world.device,

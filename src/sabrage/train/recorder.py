@@ -56,12 +56,17 @@ class Recorder:
     def __enter__(self) -> Self:
         if not self.world.leads:
             return self
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        if not self.resume:
-            write_json(self.folder.manifest, self.manifest())
-        self.log = self.stack.enter_context(Log(self.folder.log))
-        self.progress = self.stack.enter_context(Progress(total=self.recipe.plan.steps))
-        self.tracker = self.stack.enter_context(make_tracker(self.tracker_name, self.folder.path))
+        path = self.folder.path
+        path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self.progress = stack.enter_context(Progress(total=self.recipe.plan.steps))
+            # Before the manifest: a folder in which nothing was begun can be used by the next attempt.
+            tracker = make_tracker(self.tracker_name, path, config=to_json(self.recipe), say=self.message)
+            self.tracker = stack.enter_context(tracker)
+            if not self.resume:
+                write_json(self.folder.manifest, self.manifest())
+            self.log = stack.enter_context(Log(self.folder.log))
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -130,6 +135,7 @@ class Recorder:
             "clocks": self.clocks.state(),
             "tokens": self.tokens,
             "validation_loss": self.validation_loss,
+            "at_validation": self.at_validation,
             "recipe": to_json(self.recipe),
         }
         keep = self.recipe.budget.keep_checkpoints
@@ -149,29 +155,34 @@ class Recorder:
             session.load(saved.tensors, saved.meta)
             self.clocks.restore(saved.meta["clocks"])
             self.tokens, self.validation_loss = saved.meta["tokens"], saved.meta["validation_loss"]
+            self.at_validation = saved.meta["at_validation"]
             self.last_seconds = self.clocks.train_seconds
-        if self.world.leads:
+        if self.world.leads and session.step < self.recipe.plan.steps:
+            self.folder.result.unlink(missing_ok=True)
             self.log.write("resume", step=session.step)
             self.message(f"going on after step {session.step:,}")
 
     def not_finite(self, step: int, losses: list[float]) -> str:
-        """What to say when a loss is not a number, after noting it."""
-        bad = step - len(losses) + next(i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        """What to say when a loss, or else the weights after `step` updates, is not finite; it is noted."""
+        first = step - len(losses)
+        bad = [first + index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+        what = f"the loss of step {bad[0]} is" if bad else f"the weights after {step} steps are"
         good = checkpoint.newest_step(self.folder.checkpoints)
         kept = (
             "there is no checkpoint" if good is None else f"the last good checkpoint is that of step {good}"
         )
         if self.world.leads:
-            self.log.write("not_finite", step=bad)
+            self.log.write("not_finite", step=bad[0] if bad else step)
+        self.finish("not_finite", step)
         return (
-            f"the loss of step {bad} is not a finite number; {kept} in {self.folder.checkpoints}. "
+            f"{what} not finite; {kept} in {self.folder.checkpoints}. "
             "Try a lower learning rate (--set optim.0.optimizer.lr=...), a longer warm-up "
             "(--set plan.lr.warmup=...), or --set precision=Fp32 to see whether the number format is to blame"
         )
 
     def finish(self, ending: str, steps: int) -> None:
-        """Writes result.json."""
-        if not self.world.leads:
+        """Writes result.json; where a finished run was resumed and no step made, the old one stands."""
+        if not self.world.leads or (not self.step_seconds and self.folder.result.exists()):
             return
         seconds = self.clocks.train_seconds
         speed = self.tokens / seconds if seconds > 0 else 0.0

@@ -38,6 +38,10 @@ class Session:
         """The plain values that go with the tensors."""
         return {"step": self.step, "block": self.block}
 
+    def is_finite(self) -> bool:
+        """Whether every number that a checkpoint would hold is finite; waits for the device."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
+
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Puts back what `tensors` and `values` gave. Raises ValueError when they are of another model."""
         kinds: dict[str, dict[str, Tensor]] = {"learner": {}, "optimizer": {}, "random": {}}
