@@ -7,6 +7,7 @@ from sabrage.model.ends import LinearHead, TokenTable
 from sabrage.model.lm import ModelSpec
 from sabrage.objective.next_token import NextToken
 from sabrage.optim.adamw import AdamW
+from sabrage.optim.muon import Muon
 from sabrage.parts import OptimizerGroup
 from sabrage.plan import Plan, Trapezoid
 from sabrage.precision.autocast import Fp32
@@ -22,19 +23,22 @@ demo = Recipe(
         dim=192,
         vocab_size=257,
         embedding=TokenTable(),
-        mixers=(MultiHead(heads=4),),
-        feedforwards=(Mlp(),),
+        mixers=(MultiHead(heads=4, qk_norm=True, zero_init=True),),
+        feedforwards=(Mlp(activation="relu_squared", zero_init=True),),
         wiring=Residual(mixer_scale="depth"),
         head=LinearHead(),
     ),
     objective=NextToken(),
-    optim=(OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.003)),),
+    optim=(
+        OptimizerGroup(pattern=r"blocks\..*weight", optimizer=Muon(lr=0.02)),
+        OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.004)),
+    ),
     plan=Plan(
-        steps=600,
-        lr=Trapezoid(warmup=30, warmdown=240),
+        steps=390,
+        lr=Trapezoid(warmup=10, warmdown=200),
         tokens_per_step=4096,
         sequence_length=256,
     ),
     precision=Fp32(),
-    budget=Budget(evaluate_every=100, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
+    budget=Budget(evaluate_every=65, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
 )
