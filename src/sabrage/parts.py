@@ -247,7 +247,9 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(Part, ABC):
-    """Where the tokens come from."""
+    """Where the tokens come from, in blocks of `block_tokens`, of which a step takes whole ones."""
+
+    block_tokens: int
 
     @abstractmethod
     def open(self, folder: Path | None = None) -> Corpus:

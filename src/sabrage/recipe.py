@@ -1,9 +1,9 @@
 """A run as a value: `Recipe` names the data, the model, the loss, the optimizers, the plan and the budget."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from sabrage.config import ConfigError, Part, walk
+from sabrage.config import ConfigError, Part, leaves, walk
 from sabrage.model.lm import ModelSpec
 from sabrage.parts import DataSource, Objective, OptimizerGroup, Precision
 from sabrage.plan import Plan
@@ -80,19 +80,63 @@ class Recipe(Part):
     runtime: Runtime = Runtime()
 
     def problems(self) -> list[str]:
-        return [] if self.optim else ["optim is empty; name at least one group, such as pattern='.*'"]
+        found = [] if self.optim else ["optim is empty; name at least one group, such as pattern='.*'"]
+        declared = dict(leaves(self.data)).get("vocab_size")
+        if isinstance(declared, int) and declared > self.model.vocab_size:
+            found.append(
+                f"the data has {declared:,} token ids and the model {self.model.vocab_size:,}; use "
+                f"model.vocab_size={declared} or more, or the data that the model is meant for"
+            )
+        lengths = {"budget.evaluation_length": self.budget.evaluation_length}
+        if not self.plan.problems() and not self.data.problems():
+            found += self.misfits()
+            longest = max(knobs.sequence_length for knobs in self.plan.stages())
+            lengths |= {"plan.sequence_length": longest}
+        for path, limit in leaves(self.model, "model"):
+            if path.endswith(".max_length") and isinstance(limit, int):
+                found += [
+                    f"{name}={length} is more than {path}={limit}; use {path}={length} or more"
+                    for name, length in lengths.items()
+                    if length > limit
+                ]
+        return found
+
+    def misfits(self) -> list[str]:
+        """Sentences about stages of the plan that the data's blocks cannot be cut into."""
+        found, block = [], self.data.block_tokens
+        for knobs in self.plan.stages():
+            tokens, length = knobs.tokens_per_step, knobs.sequence_length
+            if tokens % block:
+                more = -(-tokens // block) * block
+                found.append(
+                    f"at step {knobs.step}: plan.tokens_per_step={tokens} is not whole blocks of "
+                    f"data.block_tokens={block}; use {more}, or data.block_tokens={length}"
+                )
+            if block % length:
+                found.append(
+                    f"at step {knobs.step}: data.block_tokens={block} is not whole rows of "
+                    f"plan.sequence_length={length}; use data.block_tokens={-(-block // length) * length}"
+                )
+        return found
+
+    def narrow(self, facts: Any) -> Any:
+        return replace(facts, products=self.precision.peak())
 
     def validate(self, facts: DeviceFacts | None = None) -> Self:
         """The recipe itself when nothing is wrong; ConfigError naming ALL problems otherwise."""
         found = [
-            f"{path}: {problem}" if path else problem
+            problem if problem.startswith(path) else f"{path}: {problem}"
             for path, part in walk(self)
             for problem in part.problems()
         ]
-        refusal = self.precision.refusal(facts) if facts else None
-        if refusal:
-            found.append(refusal)
+        if facts:
+            found += self.refusals(facts)
         if found:
             lines = "\n".join(f"  - {problem}" for problem in found)
             raise ConfigError(f"recipe {self.name!r} cannot run:\n{lines}")
         return self
+
+    def refusals(self, facts: DeviceFacts) -> list[str]:
+        """Sentences about what this device cannot do."""
+        told = [part.refusal(self.narrow(facts)) for _, part in walk(self)]
+        return [sentence for sentence in dict.fromkeys(told) if sentence]

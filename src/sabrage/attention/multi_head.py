@@ -10,7 +10,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from sabrage.attention.backends import Backend, attend, choose_backend
+from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
 from sabrage.attention.rotary import Rotary
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
@@ -32,14 +32,17 @@ class MultiHead(Mixer):
     backend: Backend = "auto"
 
     def build(self, *, dim: int, layer: int) -> nn.Module:
-        if dim % self.heads or dim // self.heads % 2:
+        if self.heads < 1 or dim % (2 * self.heads):
             fits = [count for count in range(1, dim // 2 + 1) if dim % (2 * count) == 0]
             near = sorted(sorted(fits, key=lambda count: abs(count - self.heads))[:3])
             raise ValueError(
                 f"mixer.heads={self.heads} does not cut dim={dim} into heads of even width; "
-                f"use {', '.join(map(str, near))}"
+                f"use {', '.join(map(str, near)) or 'an even dim'}"
             )
         return MultiHeadAttention(self, dim=dim, layer=layer)
+
+    def refusal(self, facts: DeviceFacts) -> str | None:
+        return fused_refusal(self.backend, facts) if self.backend in CUDA_KERNELS else None
 
     def resolve(self, facts: DeviceFacts) -> Self:
         return replace(self, backend=choose_backend(self.backend, facts))

@@ -19,6 +19,11 @@ class Rotary(Part):
     base: float = 10000.0
     max_length: int = 16384
 
+    def problems(self) -> list[str]:
+        if self.base <= 0 or self.max_length < 1:
+            return [f"rotary base={self.base}, max_length={self.max_length}; allowed: above 0, 1 or more"]
+        return []
+
     def build(self, width: int) -> "RotaryTables":
         """Tables for heads of this width (even)."""
         return RotaryTables(self, width)

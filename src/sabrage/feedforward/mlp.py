@@ -22,6 +22,9 @@ class Mlp(FeedForward):
     activation: Literal["gelu", "relu_squared"] = "gelu"
     zero_init: bool = False
 
+    def problems(self) -> list[str]:
+        return [] if self.expansion >= 1 else [f"expansion={self.expansion} must be at least 1; GPT-2 has 4"]
+
     def build(self, *, dim: int, layer: int) -> nn.Module:
         return Perceptron(self, dim=dim)
 

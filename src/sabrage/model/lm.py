@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sabrage.config import Part
+from sabrage.config import Part, walk
 from sabrage.parts import Context, Embedding, FeedForward, Head, Mixer, Wiring
 
 
@@ -36,6 +36,27 @@ class ModelSpec(Part):
         for name in ("mixers", "feedforwards"):
             if not 1 <= len(getattr(self, name)) <= max(self.layers, 1):
                 found.append(f"model.{name} has {len(getattr(self, name))} items, allowed: 1 to layers")
+        return found or self.unbuildable()
+
+    def unbuildable(self) -> list[str]:
+        """Sentences about parts that cannot be built at this size; needs no memory."""
+        ends = {"dim": self.dim, "vocab_size": self.vocab_size}
+        parts: list[tuple[str, Any, dict[str, int]]] = [
+            (f"{name}.{index}", part, {"dim": self.dim, "layer": index})
+            for name in ("mixers", "feedforwards")
+            for index, part in enumerate(getattr(self, name))
+        ]
+        parts += [("embedding", self.embedding, ends), ("head", self.head, ends)]
+        parts += [("wiring", self.wiring, ends | {"num_layers": self.layers})]
+        found = []
+        for name, part, size in parts:
+            if any(piece.problems() for _, piece in walk(part)):
+                continue
+            try:
+                with torch.device("meta"):
+                    part.build(**size)
+            except ValueError as error:
+                found.append(f"model.{name}: {error}")
         return found
 
     def mixer(self, layer: int) -> Mixer:

@@ -30,7 +30,8 @@ PEAKS: dict[str, dict[str, float]] = {
 class DeviceFacts:
     """What the device is and can do; sizes in bytes, rates in FLOP/s, `capability` None off CUDA.
 
-    `triton` is the version of the Triton installed beside it, None where there is none.
+    `triton` is the version of the Triton installed beside it, None where there is none. `products` is the
+    format of the run's matrix products (fp32, tf32, bf16, ...), None where no recipe has said it yet.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class DeviceFacts:
     shared_memory_per_block: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
     triton: str | None = None
+    products: str | None = None
 
     @property
     def has_bf16(self) -> bool:
