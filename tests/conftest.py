@@ -1,8 +1,100 @@
-"""Without a CUDA device Triton interprets its kernels; it must be told before any kernel is defined."""
+"""Where Triton kernels run without a CUDA device, and a recipe that trains in a moment.
 
+Triton must be told that it interprets before any kernel is defined, so the fixtures import what they need.
+"""
+
+import json
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order, whatever the machine; tiny products are faster so, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder of shards: bytes of printable text with a pattern that can be learned."""
+    import numpy as np
+
+    from sabrage.data.shards import write_shard
+
+    folder = tmp_path_factory.mktemp("tiny-data")
+    for split, count, start in (("train", 20_000, 0), ("val", 2_000, 50_000)):
+        index = np.arange(start, start + count)
+        write_shard(folder / f"{split}.bin", 48 + (index + index // 7 * 5 + index**2 // 31) % 64)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_data):
+    """A byte-level recipe: 12 steps of 4 rows of 32 bytes, 2 layers of width 32. It borrows `demo`'s name."""
+    from sabrage.attention.multi_head import MultiHead
+    from sabrage.data.folder import ShardFolder
+    from sabrage.feedforward.mlp import Mlp
+    from sabrage.model.ends import LinearHead, TokenTable
+    from sabrage.model.lm import ModelSpec
+    from sabrage.objective.next_token import NextToken
+    from sabrage.optim.adamw import AdamW
+    from sabrage.parts import OptimizerGroup
+    from sabrage.plan import Plan, Trapezoid
+    from sabrage.precision.autocast import Fp32
+    from sabrage.recipe import Budget, Recipe
+    from sabrage.wiring.residual import Residual
+
+    return Recipe(
+        name="demo",
+        summary="tiny",
+        data=ShardFolder(path=str(tiny_data), vocab_size=257, block_tokens=128),
+        model=ModelSpec(
+            layers=2,
+            dim=32,
+            vocab_size=257,
+            embedding=TokenTable(),
+            mixers=(MultiHead(heads=2),),
+            feedforwards=(Mlp(),),
+            wiring=Residual(mixer_scale="depth"),
+            head=LinearHead(),
+        ),
+        objective=NextToken(),
+        optim=(OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.01)),),
+        plan=Plan(steps=12, lr=Trapezoid(warmup=2, warmdown=4), tokens_per_step=128, sequence_length=32),
+        precision=Fp32(),
+        budget=Budget(evaluate_every=4, evaluation_tokens=500, evaluation_length=32, log_every=2),
+    )
+
+
+@pytest.fixture
+def tiny_options(tiny):
+    """The options that make `sabrage train demo` train the tiny recipe on the CPU."""
+    from sabrage.config import to_json
+
+    fields = {key: value for key, value in to_json(tiny).items() if key not in ("part", "name", "summary")}
+    changes = [("--set", f"{field}={json.dumps(value)}") for field, value in fields.items()]
+    return [*(part for change in changes for part in change), "--device", "cpu"]
+
+
+@pytest.fixture
+def run_recipe(tmp_path, one_thread):
+    """run_recipe(recipe, name="run", resume=False) -> (outcome, what the run folder says)."""
+    from sabrage.run.folder import RunFolder, read_run
+    from sabrage.train.loop import train
+    from sabrage.train.world import World
+
+    def run(recipe, *, name="run", resume=False):
+        folder = RunFolder(tmp_path / name).create(resume=resume)
+        world = World(torch.device("cpu"))
+        outcome = train(recipe, folder=folder, corpus=recipe.data.open(), world=world, resume=resume)
+        return outcome, read_run(folder.path)
+
+    return run
