@@ -4,10 +4,11 @@ from sabrage.config import ConfigError, nearest
 from sabrage.recipe import Recipe
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
+from sabrage.recipes.fused import fused
 from sabrage.recipes.nocap import nocap, nocap_mini
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon)
+    recipe.name: recipe for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused)
 }
 
 

@@ -1,12 +1,14 @@
 """The plain pre-norm residual stream.
 
-x <- x + s * mixer(norm(x)); x <- x + feedforward(norm(x)); after the last layer, norm(x) goes to the head.
+x <- x + s * drop(mixer(norm(x))); x <- x + drop(feedforward(norm(x))); after the last layer, norm(x) goes to
+the head. Dropout (Srivastava et al. 2014) is off by default, and in evaluation.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.norms import rms_norm
@@ -15,26 +17,37 @@ from sabrage.parts import Context, Wiring
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(Wiring):
-    """Pre-norm residuals; `mixer_scale` "depth" multiplies the mixer's output by 1 / sqrt(2 L)."""
+    """Pre-norm residuals; `mixer_scale` "depth" multiplies the mixer's output by 1 / sqrt(2 L).
+
+    `dropout` is the share of each branch's output that is dropped.
+    """
 
     mixer_scale: Literal["one", "depth"] = "one"
     eps: float = 1e-6
+    dropout: float = 0.0
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.dropout < 1 else [f"dropout={self.dropout} must lie in [0, 1)"]
 
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module:
-        scale = (2 * num_layers) ** -0.5 if self.mixer_scale == "depth" else 1.0
-        return ResidualStream(mixer_scale=scale, eps=self.eps)
+        return ResidualStream(self, num_layers=num_layers)
 
 
 class ResidualStream(nn.Module):
     """The module of `Residual`: forward(x_BTD, blocks, context) -> normalised h_BTD."""
 
-    def __init__(self, *, mixer_scale: float, eps: float) -> None:
+    def __init__(self, part: Residual, *, num_layers: int) -> None:
         super().__init__()
-        self.mixer_scale, self.eps = mixer_scale, eps
+        self.eps, self.dropout = part.eps, part.dropout
+        self.mixer_scale = (2 * num_layers) ** -0.5 if part.mixer_scale == "depth" else 1.0
 
     def forward(self, x_BTD: Tensor, blocks: Iterable[Any], context: Context) -> Tensor:
         for block in blocks:
-            mixed_BTD = block.mixer(rms_norm(x_BTD, eps=self.eps), context)
+            mixed_BTD = self.drop(block.mixer(rms_norm(x_BTD, eps=self.eps), context))
             x_BTD = x_BTD + (mixed_BTD if self.mixer_scale == 1.0 else self.mixer_scale * mixed_BTD)
-            x_BTD = x_BTD + block.feedforward(rms_norm(x_BTD, eps=self.eps))
+            x_BTD = x_BTD + self.drop(block.feedforward(rms_norm(x_BTD, eps=self.eps)))
         return rms_norm(x_BTD, eps=self.eps)
+
+    def drop(self, y_BTD: Tensor) -> Tensor:
+        """The branch after dropout."""
+        return F.dropout(y_BTD, self.dropout, self.training) if self.dropout else y_BTD

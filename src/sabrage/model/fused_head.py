@@ -1,0 +1,84 @@
+"""A head whose cross-entropy never holds all logits at once; see `sabrage.kernels.cross_entropy`.
+
+logits z = h W^T, with a soft-cap z <- c tanh(z / c) where one is given (Gemma 2, arXiv 2408.00118).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from sabrage.config import ConfigError
+from sabrage.kernels.backend import KernelBackend, choose_kernel
+from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
+from sabrage.model.ends import Projection
+from sabrage.parts import Head
+from sabrage.run.device import DeviceFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedHead(Head):
+    """`LinearHead` with the loss in chunks of tokens: equal up to rounding, in a fraction of the memory.
+
+    `fp8` runs the logits and the hidden gradient as FP8 products, in training only: a scale taken from a
+    whole tensor lets every token see a little of all others.
+    """
+
+    softcap: float | None = None
+    fp8: bool = False
+    backend: KernelBackend = "auto"
+
+    def problems(self) -> list[str]:
+        if self.softcap is not None and self.softcap <= 0:
+            return [f"softcap={self.softcap} must be above 0, or none"]
+        return []
+
+    def resolve(self, facts: DeviceFacts) -> Self:
+        if self.fp8 and not facts.has_fp8:
+            raise ConfigError(
+                f"an FP8 head needs compute capability 8.9 and this is {facts.name}; set model.head.fp8=false"
+            )
+        return replace(self, backend=choose_kernel(self.backend, facts))
+
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module:
+        return FusedProjection(self, dim=dim, vocab_size=vocab_size)
+
+    def flops(self, dim: int, vocab_size: int) -> int:
+        return 2 * dim * vocab_size
+
+
+class FusedProjection(Projection):
+    """The module of `FusedHead`."""
+
+    def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
+        super().__init__(dim=dim, vocab_size=vocab_size)
+        self.softcap, self.fp8, self.fused = part.softcap, part.fp8, part.backend == "triton"
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """Logits over the vocabulary, (..., V)."""
+        logits_BTV = super().forward(h_BTD)
+        if self.softcap is None:
+            return logits_BTV
+        return self.softcap * torch.tanh(logits_BTV.float() / self.softcap)
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the targets that are not -1."""
+        total, _ = self.losses(h_BTD, targets_BT[..., None], None)
+        return total
+
+    def losses(self, h_BTD: Tensor, targets_BTW: Tensor, weights_W: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(weighted total, mean loss of each of the W target sets), for objectives with several targets."""
+        h_ND, targets_NW = h_BTD.flatten(0, -2), targets_BTW.flatten(0, -2)
+        if self.fused:
+            return cross_entropy_head(
+                h_ND,
+                self.weight,
+                targets_NW,
+                weights_W=weights_W,
+                softcap=self.softcap,
+                fp8=self.fp8 and self.training,
+            )
+        return cross_entropy_head_reference(
+            h_ND, self.weight, targets_NW, weights_W=weights_W, softcap=self.softcap
+        )

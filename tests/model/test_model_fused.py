@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sabrage.config import ConfigError, resolve
+from sabrage.feedforward.fused_mlp import FusedMlp
+from sabrage.feedforward.mlp import Mlp
+from sabrage.model.ends import LinearHead
+from sabrage.model.fused_head import FusedHead
+from sabrage.model.lm import LM, build_model
+from sabrage.recipes import find
+from sabrage.run.device import DeviceFacts
+from sabrage.wiring.fused_residual import FusedResidual
+from sabrage.wiring.residual import Residual
+
+CPU = DeviceFacts(kind="cpu", name="a processor", memory=0)
+AMPERE = DeviceFacts(kind="cuda", name="a card", memory=0, capability=(8, 6), triton="3.6.0")
+
+
+def small(**changes):
+    spec = replace(
+        find("base").model,
+        layers=2,
+        dim=64,
+        vocab_size=130,
+        mixers=(replace(find("base").model.mixers[0], heads=2),),
+    )
+    return replace(spec, **{"feedforwards": (Mlp(activation="relu_squared"),), **changes})
+
+
+def loss_and_gradients(model: LM, *, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(130, (2, 17), generator=generator)
+    loss = model.head.loss(model(tokens_BT), tokens_BT.roll(-1, 1))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+FUSED = [
+    ("head", LinearHead(), FusedHead),
+    ("feedforwards", Mlp(activation="relu_squared"), FusedMlp),
+    ("wiring", Residual(mixer_scale="depth"), FusedResidual),
+]
+
+
+def pair(field, plain, kind, backend):
+    shared = {"mixer_scale": "depth"} if kind is FusedResidual else {}
+    fused = kind(backend=backend, **shared)
+    wrap = (lambda part: (part,)) if field == "feedforwards" else (lambda part: part)
+    return small(**{field: wrap(plain)}), small(**{field: wrap(fused)})
+
+
+@pytest.mark.parametrize(("field", "plain", "kind"), FUSED)
+def test_a_fused_part_on_its_plain_path_equals_the_plain_part_bit_for_bit(field, plain, kind):
+    specs = pair(field, plain, kind, "plain")
+    (loss, grads), (fused_loss, fused_grads) = (
+        loss_and_gradients(build_model(spec, seed=3)) for spec in specs
+    )
+    assert loss == fused_loss
+    assert all(torch.equal(grads[name], fused_grads[name]) for name in grads)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter runs kernels on machines without a GPU"
+)
+@pytest.mark.parametrize(("field", "plain", "kind"), FUSED)
+def test_a_fused_part_on_its_kernel_equals_the_plain_part_up_to_rounding(field, plain, kind):
+    pytest.importorskip("triton")
+    specs = pair(field, plain, kind, "triton")
+    (loss, grads), (fused_loss, fused_grads) = (
+        loss_and_gradients(build_model(spec, seed=3)) for spec in specs
+    )
+    torch.testing.assert_close(loss, fused_loss, rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_auto_takes_the_kernel_where_it_can_run_and_the_plain_path_elsewhere():
+    spec = small(head=FusedHead(), wiring=FusedResidual())
+    assert resolve(spec, CPU).head.backend == resolve(spec, CPU).wiring.backend == "plain"
+    assert resolve(spec, AMPERE).head.backend == resolve(spec, AMPERE).wiring.backend == "triton"
+
+
+def test_a_named_kernel_that_cannot_run_is_refused():
+    with pytest.raises(ConfigError, match="backend 'triton' needs an NVIDIA card"):
+        resolve(small(wiring=FusedResidual(backend="triton")), CPU)
+
+
+def test_an_fp8_head_is_refused_below_capability_8_9():
+    with pytest.raises(ConfigError, match=r"needs compute capability 8\.9"):
+        resolve(small(head=FusedHead(fp8=True)), AMPERE)
+
+
+def test_the_soft_cap_bounds_the_logits():
+    model = build_model(small(head=FusedHead(softcap=0.01)), seed=0)
+    logits_BTV = model.logits(torch.arange(20)[None])
+    assert logits_BTV.abs().max() <= 0.01
+    assert logits_BTV.abs().max() > 0.001
+
+
+@pytest.mark.parametrize("kind", [Residual, FusedResidual])
+def test_dropout_acts_in_training_only_and_keeps_the_mean(kind):
+    model = build_model(small(wiring=kind(dropout=0.5)), seed=0)
+    torch.nn.init.normal_(model.blocks[0].mixer.out.weight, std=0.1)
+    tokens_BT = torch.arange(20)[None]
+    model.eval()
+    assert torch.equal(model(tokens_BT), model(tokens_BT))
+    model.train()
+    assert not torch.equal(model(tokens_BT), model(tokens_BT))
+    x_BTD, branch_BTD = torch.zeros(8, 64, 64), torch.ones(8, 64, 64)
+    if kind is Residual:
+        dropped = model.wiring.drop(branch_BTD)
+    else:
+        dropped, _ = model.wiring.add(x_BTD, branch_BTD, 1.0)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert abs(dropped.mean().item() - 1) < 0.05
+
+
+def test_a_dropout_of_one_is_refused():
+    assert Residual(dropout=1.0).problems()
+    assert FusedResidual(dropout=1.0).problems()
