@@ -1,5 +1,7 @@
 """What a model costs: parameters, FLOPs per token, and an estimate of memory."""
 
+from functools import cache
+
 import torch
 
 from sabrage.model.lm import LM, ModelSpec
@@ -14,6 +16,7 @@ PARAMETER_BYTES = 18
 LOGIT_BYTES = 4
 
 
+@cache
 def num_parameters(spec: ModelSpec) -> int:
     """Learned numbers, tied tables counted once; needs no memory."""
     with torch.device("meta"):
