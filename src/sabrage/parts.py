@@ -162,7 +162,11 @@ class Optimizer(Part, ABC):
 
     @abstractmethod
     def build(self, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """The optimizer of these named parameters; its `state` holds tensors only."""
+        """The optimizer of these named parameters; its `state` holds tensors only.
+
+        Its `step` changes nothing, decided on the device, where its attribute `found_inf` is a 0-D tensor
+        that holds 1 (torch's own convention for loss scaling).
+        """
 
     @abstractmethod
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
@@ -184,6 +188,20 @@ class OptimizerGroup(Part):
     optimizer: Optimizer
 
 
+class LossScaler(Protocol):
+    """Keeps small gradients from vanishing in a narrow format: the loss is multiplied by `scale` (0-D)."""
+
+    scale: Tensor
+
+    def unscale(self, gradients: list[Tensor]) -> Tensor:
+        """Divides gradients by the scale, adapts it, and returns 1 (0-D) where one is not finite, else 0."""
+        ...
+
+    def readings(self) -> dict[str, float]:
+        """What the log shows of it, by name; waits for the device."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Precision(Part, ABC):
     """Number formats of the run."""
@@ -194,11 +212,23 @@ class Precision(Part, ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Sets number formats of weights and of the backend once, before anything is compiled."""
+        """Sets number formats of weights and of the backend once, before anything is compiled.
+
+        The backend's switches belong to the process: each precision sets every one of them. What a format
+        has to remember becomes buffers of `model` itself, not of modules in it.
+        """
 
     @abstractmethod
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""
+
+    def scaler(self) -> LossScaler | None:
+        """A fresh loss scaler, a module whose buffers are its state, or None where none is needed."""
+        return None
+
+    def masters(self) -> bool:
+        """Whether optimizers move fp32 copies of narrower weights, which then follow, rounded."""
+        return False
 
     @abstractmethod
     def peak(self) -> str:

@@ -19,6 +19,8 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 # The key under which a gradient that waits for its optimizer's next due step is saved.
 GRADIENT = "gradient"
+# The key of the fp32 copy that an optimizer moves in place of a narrower parameter.
+MASTER = "master"
 
 
 def assign(
@@ -67,22 +69,51 @@ def _idle(pattern: str, names: list[str]) -> str:
     return f"optimizer pattern {pattern!r} matches no parameter{nearest(pattern, names)}; mend or drop it"
 
 
+def master(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter itself where it is fp32, else an fp32 copy."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().float())
+
+
 @dataclass
 class Member:
-    """One optimizer of the run: its part, what the part built, and the parameters that it moves."""
+    """One optimizer of the run: its part, what the part built, and its parameters.
+
+    `moved` are what the optimizer moves: the parameters themselves, or fp32 masters of narrower ones.
+    """
 
     part: Optimizer
     optimizer: torch.optim.Optimizer
     parameters: NamedParameters
+    moved: list[nn.Parameter]
     # True between a step that was not due and the next that is: the gradients must stay.
     waiting: bool = False
+
+    def masters(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, parameter, fp32 master) of every parameter that has one."""
+        pairs = zip(self.parameters, self.moved, strict=True)
+        return [(name, parameter, moved) for (name, parameter), moved in pairs if moved is not parameter]
+
+    @torch.no_grad()
+    def step(self, found_inf: Tensor | None) -> None:
+        """One step of the optimizer; masters take the gradients before and give the weights after it."""
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        masters = self.masters()
+        for _, parameter, master in masters:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.optimizer.step()
+        for _, parameter, master in masters:
+            parameter.copy_(master)
+            master.grad = None
 
 
 class Optimizers:
     """All optimizers of a run.
 
-    Built once the model is on its `device`. Raises ConfigError as `assign` does, for a parameter that is on
-    another device, and for one that its optimizer cannot take.
+    Built once the model is on its `device`. With `masters` the optimizers move fp32 copies of parameters that
+    are narrower, kept in the state as "master". Raises ConfigError as `assign` does, for a parameter that is
+    on another device, and for one that its optimizer cannot take.
     """
 
     def __init__(
@@ -90,6 +121,8 @@ class Optimizers:
         groups: Sequence[OptimizerGroup],
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         device: torch.device | str,
+        *,
+        masters: bool = False,
     ) -> None:
         merged: dict[Optimizer, NamedParameters] = {}
         for group, parameters in assign(groups, named_parameters):
@@ -101,32 +134,48 @@ class Optimizers:
                     f"parameter {name!r} is on {parameter.device} and the run on {wanted}; "
                     "move the model before its optimizers are built"
                 )
-        self.members = [Member(part, part.build(pairs), pairs) for part, pairs in merged.items()]
+        self.members = []
+        for part, pairs in merged.items():
+            moved = [master(parameter) if masters else parameter for _, parameter in pairs]
+            named = [(name, parameter) for (name, _), parameter in zip(pairs, moved, strict=True)]
+            self.members.append(Member(part, part.build(named), pairs, moved))
 
-    def step(self, knobs: Knobs) -> None:
-        """Moves the parameters of every optimizer that is due, with this step's values; no device sync."""
+    def step(self, knobs: Knobs, *, found_inf: Tensor | None = None) -> None:
+        """Moves the parameters of every optimizer that is due, with this step's values; no device sync.
+
+        Where `found_inf` (0-D) holds 1 nothing moves. Raises ConfigError for an optimizer that lets gradients
+        wait then: what waits has been unscaled already, and what is added to it has not.
+        """
         for member in self.members:
             member.waiting = not member.part.due(knobs.step)
+            if member.waiting and found_inf is not None:
+                raise ConfigError(
+                    f"{type(member.part).__name__} does not move at every step, and loss scaling needs that "
+                    "it does; set its `every` to 1, or use --set precision=Bf16"
+                )
             if member.waiting:
                 continue
             values = member.part.hyperparameters(knobs)
             for group in member.optimizer.param_groups:
                 assert values.keys() <= group.keys(), (member.part, values)
                 group.update(values)
-            member.optimizer.step()
+            member.step(found_inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, but for those that wait for their optimizer's next due step."""
         for member in self.members:
             if not member.waiting:
                 member.optimizer.zero_grad(set_to_none=set_to_none)
+                for _, parameter, _ in member.masters():
+                    parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The live state by "parameter name/state name", waiting gradients included; clone to keep it."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for member in self.members:
-            for name, parameter in member.parameters:
-                for key, value in member.optimizer.state[parameter].items():
+            tensors |= {f"{name}/{MASTER}": master.detach() for name, _, master in member.masters()}
+            for (name, parameter), moved in zip(member.parameters, member.moved, strict=True):
+                for key, value in member.optimizer.state[moved].items():
                     tensors[f"{name}/{key}"] = value
                 if member.waiting and parameter.grad is not None:
                     tensors[f"{name}/{GRADIENT}"] = parameter.grad

@@ -129,13 +129,17 @@ def update(
     lr: Tensor,
     weight_decay: Tensor,
     momentum: Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of all matrices of one shape; weights, momentum and variance change in place.
 
-    Weights and gradients hold S matrices together, each a whole number of them; the last three are 0-D
-    float32 tensors on their device. Arithmetic is float32 but for the orthogonalisation.
+    Weights and gradients hold S matrices together, each a whole number of them; the last four are 0-D
+    float32 tensors on their device. Where `found_inf` holds 1 all stays as it was. Arithmetic is float32 but
+    for the orthogonalisation.
     """
     rows, columns = momentum_SMN.shape[-2:]
+    changing = [momentum_SMN, *weights] + ([] if variance_SM1 is None else [variance_SM1])
+    before = [] if found_inf is None else [tensor.clone() for tensor in changing]
     g_SMN = torch.cat([gradient.reshape(-1, rows, columns) for gradient in gradients]).float()
     momentum_SMN.lerp_(g_SMN, 1 - momentum)
     mixed_SMN = g_SMN.lerp(momentum_SMN, momentum) if part.nesterov else momentum_SMN
@@ -150,6 +154,9 @@ def update(
     new_SMN = decayed_SMN - lr * part.scale(rows, columns) * u_SMN
     pieces = new_SMN.split([weight.numel() // (rows * columns) for weight in weights])
     torch._foreach_copy_(weights, [piece.reshape(w.shape) for piece, w in zip(pieces, weights, strict=True)])
+    if found_inf is not None:
+        for tensor, old in zip(changing, before, strict=True):
+            tensor.copy_(torch.where(found_inf > 0, old, tensor))
 
 
 def compiled_update(name: str, *, backend: str | Callable[..., Any] = "inductor") -> Callable[..., None]:
@@ -196,6 +203,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         defaults = {"lr": part.lr, "weight_decay": part.weight_decay, "momentum": part.momentum}
         super().__init__([parameter for _, parameter in parameters], defaults)
         self.part = part
+        self.found_inf: Tensor | None = None
         by_shape: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter, int]]] = {}
         for name, parameter in parameters:
             number, rows, columns = matrix_shape(part, name, parameter)
@@ -227,7 +235,7 @@ class MuonOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; a shape of which no parameter has a gradient is left alone. No device sync."""
+        """One step, unless `found_inf` holds 1; shapes without a gradient are left alone. No device sync."""
         (group,) = self.param_groups
         # A fill is a launch, not a copy from the host: nothing waits, and changed values recompile nothing.
         for key, value in self.values.items():
@@ -237,7 +245,13 @@ class MuonOptimizer(torch.optim.Optimizer):
             if gradients is not None:
                 weights = [parameter.detach() for parameter in batch.parameters]
                 batch.update(
-                    self.part, weights, gradients, batch.momentum_SMN, batch.variance_SM1, **self.values
+                    self.part,
+                    weights,
+                    gradients,
+                    batch.momentum_SMN,
+                    batch.variance_SM1,
+                    **self.values,
+                    found_inf=self.found_inf,
                 )
 
     def load_state_dict(self, state_dict: object) -> None:

@@ -67,7 +67,8 @@ def train(
 
     learner = build_learner(recipe, world)
     model = learner.model
-    optimizers = Optimizers(recipe.optim, learner.named_parameters(), world.device)
+    named, masters = learner.named_parameters(), recipe.precision.masters()
+    optimizers = Optimizers(recipe.optim, named, world.device, masters=masters)
     session = Session(learner, optimizers)
     micro_tokens = micro_batch_tokens(recipe, facts, size=world.size)
     step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=compile)
@@ -131,7 +132,7 @@ def run_steps(
                 values = torch.stack(losses).tolist()
                 losses.clear()
                 clocks.stop()
-                recorder.trained(session.step, values, knobs)
+                recorder.trained(session.step, values, knobs, step.readings())
                 keeping = saving or stopping
                 if not all(map(math.isfinite, values)) or (keeping and not session.is_finite()):
                     raise TrainingStopped(recorder.not_finite(session.step, values))

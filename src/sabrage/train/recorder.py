@@ -95,8 +95,8 @@ class Recorder:
         if self.world.leads:
             self.progress.message(text)
 
-    def trained(self, step: int, losses: list[float], knobs: Knobs) -> None:
-        """Notes the losses of the steps that end with `step` updates."""
+    def trained(self, step: int, losses: list[float], knobs: Knobs, readings: dict[str, float]) -> None:
+        """Notes the losses of the steps that end with `step` updates, and what else was read there."""
         seconds = self.clocks.train_seconds
         interval, self.last_seconds = seconds - self.last_seconds, seconds
         tokens = sum(self.recipe.plan.at(step - 1 - back).tokens_per_step for back in range(len(losses)))
@@ -110,7 +110,7 @@ class Recorder:
             self.log.write("train", step=first + offset, loss=loss, lr=self.recipe.plan.at(first + offset).lr)
         mfu, memory = self.utilisation(speed, knobs.sequence_length), self.peak_memory()
         status = {"tokens_per_second": speed, "mfu": mfu, "memory": memory}
-        self.log.write("speed", step=step, tokens=self.tokens, train_seconds=seconds, **status)
+        self.log.write("speed", step=step, tokens=self.tokens, train_seconds=seconds, **status, **readings)
         self.tracker.record(step, {"train/loss": losses[-1], "lr": knobs.lr, "tokens_per_second": speed})
         self.progress.update(step=step, loss=losses[-1], tokens_per_second=speed, mfu=mfu, memory=memory)
 

@@ -21,6 +21,8 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         self.precision, self.device = precision, device
+        # A submodule: the scale lives on the device and in the checkpoints.
+        self.scaler = precision.scaler()
 
     def forward(
         self,
@@ -63,16 +65,24 @@ class TrainStep:
             strict=False,
         )
         count = batch.tokens_BT.shape[0] // rows
+        scaler, found_inf = self.learner.scaler, None
         mean = torch.zeros((), device=self.world.device)
         for tokens_BT, targets_BT, documents_BT in pieces:
             total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
-            (total / count).backward()
+            (total / count if scaler is None else total / count * scaler.scale).backward()
             mean += total.detach() / count
-        self.world.average(p.grad for p in self.learner.parameters() if p.grad is not None)
-        self.optimizers.step(knobs)
+        gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
+        self.world.average(gradients)
+        if scaler is not None:
+            found_inf = scaler.unscale(gradients)
+        self.optimizers.step(knobs, found_inf=found_inf)
         self.optimizers.zero_grad()
         self.world.average([mean])
         return mean
+
+    def readings(self) -> dict[str, float]:
+        """What the log shows of the precision's state; waits for the device where there is any."""
+        return {} if self.learner.scaler is None else self.learner.scaler.readings()
 
 
 def micro_rows(shape: torch.Size, micro_tokens: int) -> int:
