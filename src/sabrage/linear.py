@@ -49,3 +49,14 @@ def replace_products(
     for name, layer in layers.items():
         if any(re.search(pattern, name) for pattern in patterns):
             layer.product = make(name, layer)
+
+
+def check_patterns(field: str, patterns: Iterable[str]) -> list[str]:
+    """Sentences about the patterns that are no regular expressions."""
+    found = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.append(f"{field}: pattern {pattern!r} is not a regular expression: {error}")
+    return found
