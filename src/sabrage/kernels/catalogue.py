@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels import cross_entropy, residual_norm
+from sabrage.kernels import cross_entropy, linear_activation, residual_norm
 from sabrage.kernels.cases import Build, Case, Operation, normal
 
 
@@ -179,4 +179,90 @@ RESIDUAL_NORM = Operation(
 )
 
 
-OPERATIONS = (CROSS_ENTROPY, RESIDUAL_NORM)
+def _linear_activation_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    tokens, dim, wide = (case.sizes[name] for name in ("N", "D", "F"))
+    shapes = {"x_ND": (tokens, dim, 1.0), "up_FD": (wide, dim, dim**-0.5), "down_DF": (dim, wide, wide**-0.5)}
+    return {
+        name: normal(generator, rows, columns, dtype=dtype, scale=scale, strided=case.strided)
+        for name, (rows, columns, scale) in shapes.items()
+    }
+
+
+def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) -> Build:
+    tile = linear_activation.tile_for(capability, torch.bfloat16, epilogue)
+    types = dict.fromkeys(("a", "b", "out", "second", "kept"), "*bf16")
+    types |= dict.fromkeys(("M", "N", "K"), "i32:16") | {"eps": "fp32"}
+    constants = {"EPILOGUE": epilogue, "SECOND": second, "EVEN": True, "PRECISION": "tf32"}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": linear_activation.GROUP}
+    kernel = linear_activation._product
+    return Build(f"product, {epilogue}", kernel, types, constants, tile.num_warps, tile.num_stages, 192)
+
+
+def _linear_activation_builds(capability: tuple[int, int]) -> list[Build]:
+    forward = [("relu_squared", False), ("gelu", True)]
+    return [
+        _product_build(capability, name + way, second=second)
+        for name, second in forward
+        for way in ("", "_back")
+    ]
+
+
+LINEAR_ACTIVATION = Operation(
+    name="linear_activation",
+    fused=linear_activation.perceptron,
+    plain=linear_activation.perceptron_reference,
+    inputs=_linear_activation_inputs,
+    outputs=("y",),
+    gradients=("x_ND", "up_FD", "down_DF"),
+    cases=(
+        Case("odd", {"N": 63, "D": 40, "F": 217}),
+        Case("odd, GELU", {"N": 131, "D": 33, "F": 150}, {"activation": "gelu"}),
+        Case("strided", {"N": 24, "D": 32, "F": 96}, {"activation": "gelu"}, strided=True),
+        Case("whole tiles", {"N": 128, "D": 64, "F": 256}),
+        Case("empty", {"N": 0, "D": 32, "F": 64}),
+        Case("GPT-2 perceptron", {"N": 65536, "D": 768, "F": 3072}, measured=True),
+        Case(
+            "GPT-2 perceptron, GELU", {"N": 65536, "D": 768, "F": 3072}, {"activation": "gelu"}, measured=True
+        ),
+        Case("odd perceptron", {"N": 20001, "D": 1000, "F": 2728}, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size
+        * (
+            case.sizes["N"] * (4 * case.sizes["D"] + 4 * case.sizes["F"])
+            + 6 * case.sizes["D"] * case.sizes["F"]
+        )
+    ),
+    flops=lambda case: 12 * case.sizes["N"] * case.sizes["D"] * case.sizes["F"],
+    builds=_linear_activation_builds,
+)
+
+
+def _normed_linear_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    tokens, dim, wide = (case.sizes[name] for name in ("N", "D", "F"))
+    matrix_FD = normal(generator, wide, dim, dtype=dtype, scale=dim**-0.5)
+    return {"r_ND": normal(generator, tokens, dim, dtype=dtype, strided=case.strided), "matrix_FD": matrix_FD}
+
+
+NORMED_LINEAR = Operation(
+    name="normed_linear",
+    fused=linear_activation.normed_linear,
+    plain=linear_activation.normed_linear_reference,
+    inputs=_normed_linear_inputs,
+    outputs=("y",),
+    gradients=(),
+    cases=(
+        Case("odd", {"N": 63, "D": 40, "F": 217}),
+        Case("strided", {"N": 24, "D": 32, "F": 96}, strided=True),
+        Case("empty", {"N": 0, "D": 32, "F": 64}),
+        Case("GPT-2 qkv", {"N": 65536, "D": 768, "F": 2304}, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size * (case.sizes["N"] * (case.sizes["D"] + case.sizes["F"]) + case.sizes["D"] * case.sizes["F"])
+    ),
+    flops=lambda case: 2 * case.sizes["N"] * case.sizes["D"] * case.sizes["F"],
+    builds=lambda capability: [_product_build(capability, "norm", second=False)],
+)
+
+
+OPERATIONS = (CROSS_ENTROPY, RESIDUAL_NORM, LINEAR_ACTIVATION, NORMED_LINEAR)
