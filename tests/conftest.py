@@ -98,3 +98,29 @@ def run_recipe(tmp_path, one_thread):
         return outcome, read_run(folder.path)
 
     return run
+
+
+@pytest.fixture
+def assemble(one_thread):
+    """assemble(recipe, micro_rows=4, device="cpu") -> (session, step, evaluator), nothing compiled."""
+    from sabrage.optim.groups import Optimizers
+    from sabrage.train.evaluate import Evaluator
+    from sabrage.train.loop import build_learner
+    from sabrage.train.session import Session
+    from sabrage.train.step import TrainStep
+    from sabrage.train.world import World
+
+    def build(recipe, *, micro_rows=4, device="cpu", compile=False):
+        world, budget = World(torch.device(device)), recipe.budget
+        learner = build_learner(recipe, world)
+        optimizers = Optimizers(recipe.optim, learner.named_parameters(), world.device)
+        micro_tokens = micro_rows * recipe.plan.at(0).sequence_length
+        step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=compile)
+        evaluator = Evaluator(
+            learner.model, recipe.precision, world, recipe.data.open().validation,
+            num_targets=budget.evaluation_tokens, length=budget.evaluation_length,
+            batch_tokens=micro_tokens, compile=compile,
+        )  # fmt: skip
+        return Session(learner, optimizers), step, evaluator
+
+    return build
