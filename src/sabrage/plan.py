@@ -41,6 +41,11 @@ class Trapezoid(Schedule):
     warmdown: int
     floor: float = 0.0
 
+    def problems(self) -> list[str]:
+        if min(self.warmup, self.warmdown) < 0 or not 0 <= self.floor <= 1:
+            return [f"{self}: warmup and warmdown must be at least 0, and floor lie in 0 to 1"]
+        return []
+
     def at(self, step: int, steps: int) -> float:
         if step < self.warmup:
             return (step + 1) / self.warmup
@@ -58,7 +63,9 @@ class Stages(Part):
 
     def problems(self) -> list[str]:
         if len(self.values) != len(self.starts) or self.starts[:1] != (0,):
-            return [f"stages {self.values} from {self.starts}: as many starts as values, the first one 0"]
+            return [
+                f"stages {self.values} from {self.starts}: need as many starts as values, the first one 0"
+            ]
         if list(self.starts) != sorted(set(self.starts)) or min(self.values) < 1:
             return [f"stages {self.values} from {self.starts}: starts must rise and values be at least 1"]
         return []
@@ -82,11 +89,18 @@ class Plan(Part):
         found = []
         if self.steps < 1:
             found.append(f"plan.steps={self.steps} must be at least 1")
+        shapes = (self.tokens_per_step, self.sequence_length)
+        if any(value.problems() for value in shapes if isinstance(value, Stages)):
+            # The stages say so themselves; until they are mended there is nothing to ask them.
+            return found
         for knobs in self.stages():
-            if knobs.sequence_length < 1 or knobs.tokens_per_step % max(knobs.sequence_length, 1):
+            tokens, length = knobs.tokens_per_step, knobs.sequence_length
+            if length < 1:
+                found.append(f"at step {knobs.step}: plan.sequence_length={length} must be at least 1")
+            elif tokens < 1 or tokens % length:
                 found.append(
-                    f"at step {knobs.step}: plan.tokens_per_step={knobs.tokens_per_step} is not a whole "
-                    f"number of rows of plan.sequence_length={knobs.sequence_length}"
+                    f"at step {knobs.step}: plan.tokens_per_step={tokens} is not a whole number of rows of "
+                    f"plan.sequence_length={length}; use {max(-(-tokens // length), 1) * length}"
                 )
         return found
 
