@@ -55,8 +55,10 @@ class TrainStep:
 
     def __call__(self, batch: Batch, knobs: Knobs) -> Tensor:
         rows = micro_rows(batch.tokens_BT.shape, self.micro_tokens)
-        weights = knobs.loss_weights
-        weights_W = torch.tensor(weights, device=self.world.device) if weights else None
+        weights, device = knobs.loss_weights, self.world.device
+        # From pinned memory, since a copy from any other waits for the device.
+        pinned = device.type == "cuda"
+        weights_W = torch.tensor(weights, pin_memory=pinned).to(device, non_blocking=True) if weights else None
         documents = batch.documents_BT
         pieces = zip(
             batch.tokens_BT.split(rows),
@@ -66,7 +68,7 @@ class TrainStep:
         )
         count = batch.tokens_BT.shape[0] // rows
         scaler, found_inf = self.learner.scaler, None
-        mean = torch.zeros((), device=self.world.device)
+        mean = torch.zeros((), device=device)
         for tokens_BT, targets_BT, documents_BT in pieces:
             total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
             (total / count if scaler is None else total / count * scaler.scale).backward()
