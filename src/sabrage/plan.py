@@ -5,7 +5,8 @@ shapes, so they come in few stages, which the warm-up can list and compile befor
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 from sabrage.config import Part
 from sabrage.parts import Knobs
@@ -19,6 +20,10 @@ class Schedule(Part, ABC):
     def at(self, step: int, steps: int) -> float:
         """The value at `step`, counted from 0, of a run of `steps`."""
 
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """The same course for a run `factor` times as long: step numbers move, values stay."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
@@ -28,6 +33,9 @@ class Constant(Schedule):
 
     def at(self, step: int, steps: int) -> float:
         return self.value
+
+    def scaled(self, factor: float) -> Self:
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,11 @@ class Trapezoid(Schedule):
             return max((steps - step) / self.warmdown, self.floor)
         return 1.0
 
+    def scaled(self, factor: float) -> Self:
+        # A ramp that is there stays there, if only for one step.
+        warmup, warmdown = (max(round(n * factor), min(n, 1)) for n in (self.warmup, self.warmdown))
+        return replace(self, warmup=warmup, warmdown=warmdown)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages(Part):
@@ -73,6 +86,11 @@ class Stages(Part):
     def at(self, step: int) -> int:
         """The value that holds at `step`."""
         return [value for value, start in zip(self.values, self.starts, strict=True) if start <= step][-1]
+
+    def scaled(self, factor: float) -> Self:
+        """The same stages for a run `factor` times as long; one that vanishes gives way to the next."""
+        stages = dict(zip((round(start * factor) for start in self.starts), self.values, strict=True))
+        return replace(self, starts=tuple(stages), values=tuple(stages.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +140,12 @@ class Plan(Part):
                 starts.update(start for start in value.starts if start < self.steps)
         return [self.at(step) for step in sorted(starts)]
 
+    def scaled(self, steps: int) -> Self:
+        """The same course in `steps` steps: warm-ups, warm-downs and stages keep their share of the run."""
+        factor = steps / self.steps
+        moved = {field.name: _scaled(getattr(self, field.name), factor) for field in fields(self)}
+        return replace(self, **{**moved, "steps": steps})
+
     def tokens(self) -> int:
         """Training tokens that the whole plan takes."""
         starts = [knobs.step for knobs in self.stages()]
@@ -135,3 +159,9 @@ class Plan(Part):
 def staged(value: int | Stages, step: int) -> int:
     """The value at `step` of a number that may come in stages."""
     return value.at(step) if isinstance(value, Stages) else value
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_scaled(item, factor) for item in value)
+    return value.scaled(factor) if isinstance(value, Schedule | Stages) else value

@@ -10,6 +10,7 @@ from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
 from sabrage.cli.evaluate import Eval
 from sabrage.cli.generate import Generate
+from sabrage.cli.study import Study
 from sabrage.cli.train import Train
 
 DESCRIPTION = """Train GPT-2-class language models to a target loss on one GPU, and prove what helped.
@@ -24,6 +25,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -1,0 +1,215 @@
+"""What a study runs: variants of recipes, seeds, and how long; plain values, so that a study can be resumed.
+
+A variant is a recipe's name and the assignments that change it, the very words that `sabrage train` takes,
+so every run of a study can be repeated by hand.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import torch
+
+from sabrage.config import ConfigError, Part, override, to_json
+from sabrage.model.lm import LM
+from sabrage.optim.groups import assign
+from sabrage.recipe import Recipe
+from sabrage.recipes import find
+from sabrage.train.step import Learner
+
+
+class StudyError(ValueError):
+    """A study that cannot be made or read: says what was got and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Part):
+    """A recipe by name with assignments in order, such as ("model.layers=6",); `name` is for tables."""
+
+    name: str
+    recipe: str
+    sets: tuple[str, ...] = ()
+
+    def make(self) -> Recipe:
+        """The recipe itself. Raises ConfigError for what is unknown or cannot run."""
+        recipe = find(self.recipe)
+        for assignment in self.sets:
+            recipe = override(recipe, assignment)
+        return recipe.validate()
+
+    def become(self, wanted: Recipe) -> Self:
+        """This variant with the assignments added that make it `wanted`."""
+        more = tuple(assignment(change) for change in changes(self.make(), wanted))
+        return replace(self, sets=(*self.sets, *more))
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        return re.sub(r"[^\w.+=,@-]+", "-", self.name).strip("-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan(Part):
+    """Variants, the first being the reference, times seeds.
+
+    At most one of `steps`, `tokens` and `minutes` (of training) sets the length of every run, its schedules
+    keeping their shape; without any, each recipe says its own. `target` (nats) only asks when it was met.
+    """
+
+    kind: Literal["compare", "ablate", "sweep"]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    steps: int | None = None
+    tokens: int | None = None
+    minutes: float | None = None
+    target: float | None = None
+
+    def check(self) -> Self:
+        """The plan itself when it can be run. Raises StudyError or ConfigError."""
+        lengths = {name: getattr(self, name) for name in ("steps", "tokens", "minutes")}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        if len(given) > 1 or any(value <= 0 for value in given.values()):
+            raise StudyError(f"got {given}; give one of steps, tokens and minutes, above 0")
+        if not self.seeds or not self.variants:
+            raise StudyError("a study needs at least one variant and one seed")
+        slugs = [variant.slug for variant in self.variants]
+        if len(set(slugs)) < len(slugs):
+            raise StudyError(f"two variants have the same name: {', '.join(slugs)}; name each once")
+        scored = {variant.name: variant.make().budget.evaluation_tokens for variant in self.variants}
+        if len(set(scored.values())) > 1:
+            raise StudyError(f"losses over different budget.evaluation_tokens do not compare: {scored}")
+        return self
+
+
+@dataclass(frozen=True)
+class Change:
+    """`path` of a recipe becomes `value`; `owner` is the part that it belongs to."""
+
+    path: str
+    value: Any
+    owner: str
+
+
+def changes(before: Any, after: Any, path: str = "", owner: str = "") -> Iterator[Change]:
+    """The smallest replacements that turn `before` into `after`: plain values, parts of another class,
+    tuples of another length."""
+    if isinstance(before, Part) and type(before) is type(after):
+        for field in fields(before):
+            where = f"{path}.{field.name}" if path else field.name
+            yield from changes(getattr(before, field.name), getattr(after, field.name), where, path)
+    elif isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from changes(old, new, f"{path}.{index}", owner)
+    elif before != after:
+        whole = any(isinstance(value, Part | tuple) for value in (before, after))
+        yield Change(path, after, path if whole else owner)
+
+
+def assignment(change: Change) -> str:
+    """The change as `sabrage train --set` takes it."""
+    return f"{change.path}={json.dumps(to_json(change.value))}"
+
+
+def parse_variant(text: str, common: Sequence[str] = ()) -> Variant:
+    """RECIPE or RECIPE+a.b=c+d.e=f, the `common` assignments first. Raises ConfigError."""
+    name, *own = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    variant = Variant(name=text, recipe=name, sets=(*common, *own))
+    variant.make()
+    return variant
+
+
+def fitted(recipe: Recipe, *, steps: int | None = None, tokens: int | None = None) -> Recipe:
+    """The recipe over that many steps, or as many as take these tokens, its schedules and its evaluations
+    keeping their share of the run."""
+    if tokens is not None:
+        steps = max(1, round(recipe.plan.steps * tokens / recipe.plan.tokens()))
+    if steps is None or steps == recipe.plan.steps:
+        return recipe
+    every = recipe.budget.evaluate_every
+    every = max(round(every * steps / recipe.plan.steps), min(every, 1))
+    return replace(
+        recipe, plan=recipe.plan.scaled(steps), budget=replace(recipe.budget, evaluate_every=every)
+    )
+
+
+def sweep(recipe: str, over: Sequence[str], common: Sequence[str] = ()) -> tuple[Variant, ...]:
+    """A variant for every combination of values; each of `over` is a.b=1,2,3. Raises StudyError."""
+    axes = []
+    for axis in over:
+        path, separator, values = axis.partition("=")
+        if not separator or not all(values.split(",")):
+            raise StudyError(f"got --over {axis!r}, allowed: FIELD.FIELD=VALUE,VALUE, such as plan.steps=1,2")
+        axes.append([f"{path}={value}" for value in values.split(",")])
+    if not axes:
+        raise StudyError("a sweep needs at least one --over FIELD.FIELD=VALUE,VALUE")
+    return tuple(parse_variant("+".join([recipe, *point]), common) for point in itertools.product(*axes))
+
+
+def ablation(
+    recipe: str, base: str, common: Sequence[str] = ()
+) -> tuple[tuple[Variant, ...], dict[str, str]]:
+    """Leave-one-out and add-one-in over the parts by which `recipe` differs from `base`.
+
+    Returns the variants (the recipe itself, "without X" ..., "only X" ..., the base) and, by name, why a
+    variant is left out. Every variant trains on the recipe's tokens with the recipe's budget.
+    """
+    full, bare = parse_variant(recipe, common), parse_variant(base, common)
+    whole, least = full.make(), bare.make()
+    # At equal steps, so that schedules compare by their shape; tokens are made equal at the end.
+    plan = least.plan.scaled(whole.plan.steps)
+    least = replace(least, plan=plan, budget=whole.budget, runtime=whole.runtime)
+    back, forth = by_owner(changes(whole, least)), by_owner(changes(least, whole))
+    if len(back) < 2:
+        raise StudyError(
+            f"{recipe!r} differs from {base!r} in {len(back)} parts and an ablation needs two or more; try: "
+            f"sabrage study compare {base} {recipe}"
+        )
+    candidates = [
+        *((f"without {part}", full, whole, group) for part, group in back.items()),
+        *((f"only {part}", bare, least, group) for part, group in forth.items()),
+    ]
+    tokens = whole.plan.tokens()
+    made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
+    variants, skipped = [full], {}
+    for name, start, recipe_then, group in candidates:
+        try:
+            for change in group:
+                recipe_then = override(recipe_then, assignment(change))
+            recipe_then = fitted(recipe_then.validate(), tokens=tokens)
+            buildable(recipe_then)
+        except ConfigError as error:
+            skipped[name] = str(error)
+            continue
+        twin = next((other for other in made if same(made[other], recipe_then)), None)
+        if twin:
+            skipped[name] = f"the same as {twin!r}"
+        else:
+            made[name] = recipe_then
+            variants.append(replace(start, name=name).become(recipe_then))
+    return (*variants, bare.become(made[bare.name])), skipped
+
+
+def by_owner(found: Iterator[Change]) -> dict[str, list[Change]]:
+    """Changes by the part that they belong to, without those that are no idea: names, budget, runtime."""
+    groups: dict[str, list[Change]] = {}
+    for change in found:
+        if change.owner not in ("", "budget", "runtime"):
+            groups.setdefault(change.owner, []).append(change)
+    return groups
+
+
+def same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are alike but for their names."""
+    return replace(one, name="", summary="") == replace(other, name="", summary="")
+
+
+def buildable(recipe: Recipe) -> None:
+    """Builds everything that learns without memory or values. Raises ConfigError when parts do not fit."""
+    spec = recipe.model
+    with torch.device("meta"):
+        objective = recipe.objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
+        learner = Learner(LM(spec), objective, recipe.precision, torch.device("meta"))
+    assign(recipe.optim, learner.named_parameters())
