@@ -1,12 +1,14 @@
 """Every operation of this room with its cases: what tests and benchmarks walk through."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels import cross_entropy, linear_activation, residual_norm
+from sabrage.kernels import cross_entropy, linear_activation, residual_norm, symmetric_product
 from sabrage.kernels.cases import Build, Case, Operation, normal
 
 
@@ -265,4 +267,97 @@ NORMED_LINEAR = Operation(
 )
 
 
-OPERATIONS = (CROSS_ENTROPY, RESIDUAL_NORM, LINEAR_ACTIVATION, NORMED_LINEAR)
+def _symmetric_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    shape = tuple(case.sizes[name] for name in ("S", "M", "K"))
+    a_SMK = normal(generator, *shape, dtype=dtype, scale=case.sizes["K"] ** -0.5, strided=case.strided)
+    addend_SMM = normal(generator, *shape[:2], shape[1], dtype=dtype) if "beta" in case.options else None
+    symmetric_SMM = None if addend_SMM is None else addend_SMM + addend_SMM.mT
+    return {"a_SMK": a_SMK, "addend_SMM": symmetric_SMM}
+
+
+def _symmetric_builds(capability: tuple[int, int]) -> list[Build]:
+    tile = symmetric_product.tile_for(capability, torch.bfloat16)
+    types = dict.fromkeys(("a", "addend", "out"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
+    types |= dict.fromkeys(("M", "K", "stride_s", "stride_m"), "i32:16")
+    constants = {"stride_k": 1, "ADDEND": True, "EVEN": True, "PRECISION": "tf32"}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_K": tile.k}
+    kernel = symmetric_product._tiles
+    return [Build("symmetric product", kernel, types, constants, tile.num_warps, tile.num_stages, 192)]
+
+
+# The matrices of twelve GPT-2 layers, square and wide.
+SQUARE, RECTANGLE = {"S": 48, "M": 768, "K": 768}, {"S": 24, "M": 768, "K": 3072}
+
+SYMMETRIC_PRODUCT = Operation(
+    name="symmetric_product",
+    fused=lambda **arguments: (symmetric_product.symmetric_product(**arguments),),
+    plain=lambda **arguments: (symmetric_product.symmetric_product_reference(**arguments),),
+    inputs=_symmetric_inputs,
+    outputs=("product",),
+    gradients=(),
+    cases=(
+        Case("odd", {"S": 2, "M": 67, "K": 43}, {"alpha": 2.0, "beta": -0.5}),
+        Case("several tiles", {"S": 1, "M": 270, "K": 64}),
+        Case("strided", {"S": 2, "M": 33, "K": 48}, strided=True),
+        Case("empty", {"S": 0, "M": 32, "K": 32}),
+        Case("Gram matrix, square", SQUARE, measured=True),
+        Case("Gram matrix, wide", RECTANGLE, measured=True),
+        Case("polynomial", SQUARE, {"alpha": 2.0315, "beta": -4.775}, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size
+        * case.sizes["S"]
+        * case.sizes["M"]
+        * (case.sizes["K"] + case.sizes["M"] * (1 + len(case.options) // 2))
+    ),
+    flops=lambda case: 2 * case.sizes["S"] * case.sizes["M"] ** 2 * case.sizes["K"],
+    builds=_symmetric_builds,
+)
+
+
+def _orthogonalise(product: Callable[..., Tensor], *, x_SMK: Tensor, rounds: int) -> tuple[Tensor]:
+    """Rounds of the quintic of Muon with its two symmetric products made by `product`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(rounds):
+        gram_SMM = product(x_SMK)
+        polynomial_SMM = product(gram_SMM, gram_SMM, alpha=c, beta=b)
+        x_SMK = torch.baddbmm(x_SMK, polynomial_SMM, x_SMK, beta=a)
+    return (x_SMK,)
+
+
+def _orthogonalise_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    count, rows, columns = (case.sizes[name] for name in ("S", "M", "K"))
+    scale = (rows * columns) ** -0.5
+    return {"x_SMK": normal(generator, count, rows, columns, dtype=dtype, scale=scale)}
+
+
+ORTHOGONALISATION = Operation(
+    name="orthogonalisation",
+    fused=partial(_orthogonalise, symmetric_product.symmetric_product),
+    plain=partial(_orthogonalise, symmetric_product.symmetric_product_reference),
+    inputs=_orthogonalise_inputs,
+    outputs=("x",),
+    gradients=(),
+    cases=(
+        Case("odd", {"S": 2, "M": 35, "K": 67}, {"rounds": 2}),
+        Case("twelve layers, square", SQUARE, {"rounds": 5}, measured=True),
+        Case("twelve layers, wide", RECTANGLE, {"rounds": 5}, measured=True),
+    ),
+    memory_bytes=lambda case, size: size * 2 * case.sizes["S"] * case.sizes["M"] * case.sizes["K"],
+    flops=lambda case: (
+        case.options["rounds"]
+        * case.sizes["S"]
+        * (4 * case.sizes["M"] ** 2 * case.sizes["K"] + 2 * case.sizes["M"] ** 3)
+    ),
+    builds=lambda capability: [],
+)
+
+
+OPERATIONS = (
+    CROSS_ENTROPY,
+    RESIDUAL_NORM,
+    LINEAR_ACTIVATION,
+    NORMED_LINEAR,
+    SYMMETRIC_PRODUCT,
+    ORTHOGONALISATION,
+)

@@ -14,7 +14,6 @@ commutes with the product.
 # Kernels take pointers, which Python has no types for.
 # mypy: allow-untyped-defs
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,19 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sabrage.kernels.language import KernelError, capability_of, jit, require, tl
+from sabrage.kernels.tiles import Tile
 
 Activation = Literal["relu_squared", "gelu"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes: rows M by columns N, K at a time, with so many loads in flight."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 # By the tensor core's generation. Hopper has 227 KB of shared memory and these tiles let two programs share a
