@@ -77,7 +77,7 @@ def test_all_problems_are_named_at_once():
 def test_the_precision_is_refused_beside_the_other_problems():
     lines = problems(changed("plan.steps=0"), TURING)
     assert len(lines) == 2
-    assert any("bf16 needs compute capability 8.0 and T4 has 7.5" in line for line in lines)
+    assert any("bf16" in line and "T4" in line for line in lines)
     assert changed("precision=Fp32").validate(TURING)
 
 

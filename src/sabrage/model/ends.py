@@ -50,8 +50,12 @@ class Projection(Linear):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """Logits over the vocabulary, (..., V)."""
+        return self.padded(h_BTD, PRODUCT_MULTIPLE if h_BTD.is_cuda else 1)
+
+    def padded(self, h_BTD: Tensor, multiple: int) -> Tensor:
+        """The logits, by a product with rows of zeros added up to a multiple and taken off again."""
         vocab_size = self.weight.shape[0]
-        extra = -vocab_size % PRODUCT_MULTIPLE if h_BTD.is_cuda else 0
+        extra = -vocab_size % multiple
         weight_VD = F.pad(self.weight, (0, 0, 0, extra)) if extra else self.weight
         return self.multiply(h_BTD, weight_VD)[..., :vocab_size]
 
