@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from sabrage.kernels.catalogue import OPERATIONS
 from sabrage.kernels.language import KernelError, triton
-from sabrage.kernels.offline import CAPABILITIES, footprint
+from sabrage.kernels.offline import CAPABILITIES, builds, footprint
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +20,9 @@ def footprints() -> list[dict]:
     return json.loads(made.stdout)
 
 
-def test_every_operation_compiles_for_every_capability(footprints: list[dict]) -> None:
+def test_every_kernel_compiles_for_every_capability(footprints: list[dict]) -> None:
     compiled = {(found["name"], tuple(found["capability"])) for found in footprints}
-    wanted = {
-        (build.name, capability)
-        for capability in CAPABILITIES
-        for operation in OPERATIONS
-        for build in operation.builds(capability)
-    }
+    wanted = {(build.name, capability) for capability in CAPABILITIES for build in builds(capability)}
     assert compiled == wanted
 
 
@@ -51,6 +45,6 @@ def test_every_kernel_fits_the_shared_memory(footprints: list[dict]) -> None:
 
 @pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled here, not interpreted")
 def test_an_interpreted_kernel_is_refused() -> None:
-    build = OPERATIONS[0].builds((8, 6))[0]
+    build = builds((8, 6))[0]
     with pytest.raises(KernelError, match="TRITON_INTERPRET"):
         footprint(build, capability=(8, 6))

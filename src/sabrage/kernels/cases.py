@@ -27,23 +27,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Build:
-    """One offline compilation: argument types, constants, and the options of the launch.
-
-    `max_registers` (a thread) is what the kernel's design allows. Types are Triton's ("*bf16", "i32");
-    "i32:16" is a multiple of 16, as every pointer is taken to be.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    max_registers: int
-
-
-@dataclass(frozen=True)
 class Operation:
     """A fused operation beside its specification.
 
@@ -62,7 +45,6 @@ class Operation:
     cases: tuple[Case, ...]
     memory_bytes: Callable[[Case, int], int]
     flops: Callable[[Case], int]
-    builds: Callable[[tuple[int, int]], list[Build]]
     rival: Callable[..., tuple[Tensor, ...]] | None = None
 
     def learning(self, arguments: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels import cross_entropy, linear_activation, residual_norm, symmetric_product
-from sabrage.kernels.cases import Build, Case, Operation, normal
+from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rotary_norm, symmetric_product
+from sabrage.kernels.cases import Case, Operation, normal
 
 
 def _cross_entropy_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
@@ -24,43 +24,6 @@ def _cross_entropy_inputs(case: Case, generator: torch.Generator, dtype: torch.d
         "targets_NW": targets_NW.masked_fill(ignored, -1),
         "weights_W": 0.5 ** torch.arange(sets, device=device),
     }
-
-
-def _cross_entropy_builds(capability: tuple[int, int]) -> list[Build]:
-    types = {"logits": "*bf16", "narrow": "*bf16", "targets": "*i64", "coefficients": "*fp32"}
-    types |= {
-        "narrow_scale": "*fp32",
-        "nll": "*fp32",
-        "num_real": "i32",
-        "softcap": "fp32",
-        "stride": "i32:16",
-    }
-    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
-    builds = [
-        Build(
-            "cross-entropy rows",
-            cross_entropy._rows,
-            types,
-            constants,
-            cross_entropy.NUM_WARPS,
-            3,
-            max_registers=64,
-        )
-    ]
-    if capability >= (8, 9):
-        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
-        builds.append(
-            Build(
-                "cross-entropy rows, FP8",
-                cross_entropy._rows,
-                types,
-                constants,
-                cross_entropy.NUM_WARPS,
-                3,
-                max_registers=64,
-            )
-        )
-    return builds
 
 
 CROSS_ENTROPY = Operation(
@@ -90,7 +53,6 @@ CROSS_ENTROPY = Operation(
     ),
     memory_bytes=lambda case, size: size * (2 * case.sizes["N"] + 2 * case.sizes["V"]) * case.sizes["D"],
     flops=lambda case: 6 * case.sizes["N"] * case.sizes["D"] * case.sizes["V"],
-    builds=_cross_entropy_builds,
 )
 
 
@@ -118,35 +80,6 @@ def _residual_norm_rival(
     return residual_norm.residual_norm_reference(
         x_ND, F.dropout(y_ND, p), weight_D, bias_D, **options | {"seed": None}
     )
-
-
-def _residual_norm_builds(capability: tuple[int, int]) -> list[Build]:
-    forward = dict.fromkeys(("x", "y", "weight", "bias", "r_out", "n_out"), "*bf16") | {"seed": "*i64"}
-    backward = dict.fromkeys(("grad_r", "grad_n", "r_in", "weight", "grad_x", "grad_y"), "*bf16")
-    backward |= {"seed": "*i64", "sums": "*fp32", "rows": "i32"}
-    numbers = {"dim": "i32:16", "eps": "fp32", "threshold": "i32", "factor": "fp32"}
-    constants = {"LAYER": True, "WEIGHT": True, "DROPS": True, "BLOCK": residual_norm._block(768)}
-    warps = residual_norm._num_warps(residual_norm._block(768))
-    return [
-        Build(
-            "residual norm",
-            residual_norm._forward_rows,
-            forward | numbers,
-            constants | {"BIAS": True},
-            warps,
-            3,
-            64,
-        ),
-        Build(
-            "residual norm, back",
-            residual_norm._backward_rows,
-            backward | numbers,
-            constants | {"OWN": True},
-            warps,
-            3,
-            96,
-        ),
-    ]
 
 
 RESIDUAL_NORM = Operation(
@@ -177,7 +110,6 @@ RESIDUAL_NORM = Operation(
         size * case.sizes["N"] * case.sizes["D"] * (9 if case.options.get("p") else 8)
     ),
     flops=lambda case: 0,
-    builds=_residual_norm_builds,
 )
 
 
@@ -188,25 +120,6 @@ def _linear_activation_inputs(case: Case, generator: torch.Generator, dtype: tor
         name: normal(generator, rows, columns, dtype=dtype, scale=scale, strided=case.strided)
         for name, (rows, columns, scale) in shapes.items()
     }
-
-
-def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) -> Build:
-    tile = linear_activation.tile_for(capability, torch.bfloat16, epilogue)
-    types = dict.fromkeys(("a", "b", "out", "second", "kept"), "*bf16")
-    types |= dict.fromkeys(("M", "N", "K"), "i32:16") | {"eps": "fp32"}
-    constants = {"EPILOGUE": epilogue, "SECOND": second, "EVEN": True, "PRECISION": "tf32"}
-    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": linear_activation.GROUP}
-    kernel = linear_activation._product
-    return Build(f"product, {epilogue}", kernel, types, constants, tile.num_warps, tile.num_stages, 192)
-
-
-def _linear_activation_builds(capability: tuple[int, int]) -> list[Build]:
-    forward = [("relu_squared", False), ("gelu", True)]
-    return [
-        _product_build(capability, name + way, second=second)
-        for name, second in forward
-        for way in ("", "_back")
-    ]
 
 
 LINEAR_ACTIVATION = Operation(
@@ -236,7 +149,6 @@ LINEAR_ACTIVATION = Operation(
         )
     ),
     flops=lambda case: 12 * case.sizes["N"] * case.sizes["D"] * case.sizes["F"],
-    builds=_linear_activation_builds,
 )
 
 
@@ -263,7 +175,6 @@ NORMED_LINEAR = Operation(
         size * (case.sizes["N"] * (case.sizes["D"] + case.sizes["F"]) + case.sizes["D"] * case.sizes["F"])
     ),
     flops=lambda case: 2 * case.sizes["N"] * case.sizes["D"] * case.sizes["F"],
-    builds=lambda capability: [_product_build(capability, "norm", second=False)],
 )
 
 
@@ -273,16 +184,6 @@ def _symmetric_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype
     addend_SMM = normal(generator, *shape[:2], shape[1], dtype=dtype) if "beta" in case.options else None
     symmetric_SMM = None if addend_SMM is None else addend_SMM + addend_SMM.mT
     return {"a_SMK": a_SMK, "addend_SMM": symmetric_SMM}
-
-
-def _symmetric_builds(capability: tuple[int, int]) -> list[Build]:
-    tile = symmetric_product.tile_for(capability, torch.bfloat16)
-    types = dict.fromkeys(("a", "addend", "out"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
-    types |= dict.fromkeys(("M", "K", "stride_s", "stride_m"), "i32:16")
-    constants = {"stride_k": 1, "ADDEND": True, "EVEN": True, "PRECISION": "tf32"}
-    constants |= {"BLOCK_M": tile.m, "BLOCK_K": tile.k}
-    kernel = symmetric_product._tiles
-    return [Build("symmetric product", kernel, types, constants, tile.num_warps, tile.num_stages, 192)]
 
 
 # The matrices of twelve GPT-2 layers, square and wide.
@@ -311,7 +212,6 @@ SYMMETRIC_PRODUCT = Operation(
         * (case.sizes["K"] + case.sizes["M"] * (1 + len(case.options) // 2))
     ),
     flops=lambda case: 2 * case.sizes["S"] * case.sizes["M"] ** 2 * case.sizes["K"],
-    builds=_symmetric_builds,
 )
 
 
@@ -349,7 +249,41 @@ ORTHOGONALISATION = Operation(
         * case.sizes["S"]
         * (4 * case.sizes["M"] ** 2 * case.sizes["K"] + 2 * case.sizes["M"] ** 3)
     ),
-    builds=lambda capability: [],
+)
+
+
+def _rotary_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Strided cases are the queries and keys of a fused projection, its values left out."""
+    batch, time, heads, width = (case.sizes[name] for name in ("B", "T", "H", "K"))
+    all_heads = heads * 3 // 2 if case.strided else heads
+    angle_TK = torch.arange(time, device=generator.device)[:, None] / 10000 ** torch.linspace(
+        0, 1, width // 2, device=generator.device
+    )
+    return {
+        "x_BTHK": normal(generator, batch, time, all_heads, width, dtype=dtype)[:, :, :heads],
+        "cosine_TK": angle_TK.cos(),
+        "sine_TK": angle_TK.sin(),
+    }
+
+
+ROTARY_NORM = Operation(
+    name="rotary_norm",
+    fused=rotary_norm.rotary_norm,
+    plain=rotary_norm.rotary_norm_reference,
+    inputs=_rotary_inputs,
+    outputs=("y",),
+    gradients=("x_BTHK",),
+    cases=(
+        Case("odd", {"B": 3, "T": 7, "H": 5, "K": 22}),
+        Case("inside a projection", {"B": 2, "T": 9, "H": 4, "K": 32}, strided=True),
+        Case("empty", {"B": 0, "T": 7, "H": 4, "K": 32}),
+        Case("GPT-2 queries and keys", {"B": 64, "T": 1024, "H": 24, "K": 64}, strided=True, measured=True),
+        Case("six wide heads", {"B": 64, "T": 1024, "H": 12, "K": 128}, strided=True, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size * 5 * case.sizes["B"] * case.sizes["T"] * case.sizes["H"] * case.sizes["K"]
+    ),
+    flops=lambda case: 0,
 )
 
 
@@ -360,4 +294,5 @@ OPERATIONS = (
     NORMED_LINEAR,
     SYMMETRIC_PRODUCT,
     ORTHOGONALISATION,
+    ROTARY_NORM,
 )

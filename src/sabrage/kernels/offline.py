@@ -1,4 +1,4 @@
-"""What a kernel will need on a card that is not there: registers, spilled bytes, shared memory.
+"""What a kernel will need on a card that is not there: registers, spills, shared memory.
 
 Triton compiles for any target without a driver; cuobjdump, which its package carries, reads the result.
 Spills are counted in the machine code (local stores), since a stack frame alone is not one.
@@ -11,14 +11,33 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from sabrage.kernels.cases import Build
-from sabrage.kernels.catalogue import OPERATIONS
+import torch
+
+from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rotary_norm, symmetric_product
 from sabrage.kernels.language import KernelError, triton
 
 CAPABILITIES = ((8, 6), (8, 9), (9, 0))
 # Bytes of shared memory that one program may take.
 SHARED_MEMORY = {(8, 6): 101376, (8, 9): 101376, (9, 0): 232448}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One offline compilation: argument types, constants, and the options of the launch.
+
+    `max_registers` (a thread) is what the kernel's design allows. Types are Triton's ("*bf16", "i32");
+    "i32:16" is a multiple of 16, as every pointer is taken to be.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    max_registers: int
 
 
 @dataclass(frozen=True)
@@ -94,14 +113,129 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), len(re.findall(r"\bSTL\b", code))
 
 
-def all_footprints() -> list[Footprint]:
-    """Every build of every operation for every capability."""
-    return [
-        footprint(build, capability=capability)
-        for capability in CAPABILITIES
-        for operation in OPERATIONS
-        for build in operation.builds(capability)
+def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
+    types = {"logits": "*bf16", "narrow": "*bf16", "targets": "*i64", "coefficients": "*fp32"}
+    types |= {
+        "narrow_scale": "*fp32",
+        "nll": "*fp32",
+        "num_real": "i32",
+        "softcap": "fp32",
+        "stride": "i32:16",
+    }
+    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
+    builds = [
+        Build(
+            "cross-entropy rows",
+            cross_entropy._rows,
+            types,
+            constants,
+            cross_entropy.NUM_WARPS,
+            3,
+            max_registers=64,
+        )
     ]
+    if capability >= (8, 9):
+        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
+        builds.append(
+            Build(
+                "cross-entropy rows, FP8",
+                cross_entropy._rows,
+                types,
+                constants,
+                cross_entropy.NUM_WARPS,
+                3,
+                max_registers=64,
+            )
+        )
+    return builds
+
+
+def _residual_norm(capability: tuple[int, int]) -> list[Build]:
+    forward = dict.fromkeys(("x", "y", "weight", "bias", "r_out", "n_out"), "*bf16") | {"seed": "*i64"}
+    backward = dict.fromkeys(("grad_r", "grad_n", "r_in", "weight", "grad_x", "grad_y"), "*bf16")
+    backward |= {"seed": "*i64", "sums": "*fp32", "rows": "i32"}
+    numbers = {"dim": "i32:16", "eps": "fp32", "threshold": "i32", "factor": "fp32"}
+    constants = {"LAYER": True, "WEIGHT": True, "DROPS": True, "BLOCK": residual_norm._block(768)}
+    warps = residual_norm._num_warps(residual_norm._block(768))
+    return [
+        Build(
+            "residual norm",
+            residual_norm._forward_rows,
+            forward | numbers,
+            constants | {"BIAS": True},
+            warps,
+            3,
+            64,
+        ),
+        Build(
+            "residual norm, back",
+            residual_norm._backward_rows,
+            backward | numbers,
+            constants | {"OWN": True},
+            warps,
+            3,
+            96,
+        ),
+    ]
+
+
+def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) -> Build:
+    tile = linear_activation.tile_for(capability, torch.bfloat16, epilogue)
+    types = dict.fromkeys(("a", "b", "out", "second", "kept"), "*bf16")
+    types |= dict.fromkeys(("M", "N", "K"), "i32:16") | {"eps": "fp32"}
+    constants = {"EPILOGUE": epilogue, "SECOND": second, "EVEN": True, "PRECISION": "tf32"}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": linear_activation.GROUP}
+    kernel = linear_activation._product
+    return Build(f"product, {epilogue}", kernel, types, constants, tile.num_warps, tile.num_stages, 192)
+
+
+def _linear_activation(capability: tuple[int, int]) -> list[Build]:
+    forward = [("relu_squared", False), ("gelu", True)]
+    return [
+        _product_build(capability, name + way, second=second)
+        for name, second in forward
+        for way in ("", "_back")
+    ]
+
+
+def _symmetric(capability: tuple[int, int]) -> list[Build]:
+    tile = symmetric_product.tile_for(capability, torch.bfloat16)
+    types = dict.fromkeys(("a", "addend", "out"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
+    types |= dict.fromkeys(("M", "K", "stride_s", "stride_m"), "i32:16")
+    constants = {"stride_k": 1, "ADDEND": True, "EVEN": True, "PRECISION": "tf32"}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_K": tile.k}
+    kernel = symmetric_product._tiles
+    return [Build("symmetric product", kernel, types, constants, tile.num_warps, tile.num_stages, 192)]
+
+
+def _rotary(capability: tuple[int, int]) -> list[Build]:
+    types = {"x": "*bf16", "grad": "*bf16", "cosine": "*fp32", "sine": "*fp32", "out": "*bf16", "eps": "fp32"}
+    types |= dict.fromkeys(("rows", "time", "x_batch", "x_time", "x_head"), "i32:16") | {"heads": "i32"}
+    types |= dict.fromkeys(("grad_batch", "grad_time", "grad_head"), "i32:16")
+    constants = {"HALF": 32, "ROWS": rotary_norm.ROWS, "BLOCK": 32}
+    return [
+        Build(
+            f"rotary norm{', back' if back else ''}",
+            rotary_norm._heads,
+            types,
+            constants | {"BACK": back},
+            rotary_norm.NUM_WARPS,
+            3,
+            96,
+        )
+        for back in (False, True)
+    ]
+
+
+def builds(capability: tuple[int, int]) -> list[Build]:
+    """Every kernel as training would launch it on a GPT-2-sized model."""
+    makers = (_cross_entropy, _residual_norm, _linear_activation, _symmetric, _rotary)
+    return [build for maker in makers for build in maker(capability)]
+
+
+def all_footprints() -> list[Footprint]:
+    """Every build for every capability."""
+    return [footprint(build, capability=each) for each in CAPABILITIES for build in builds(each)]
 
 
 if __name__ == "__main__":

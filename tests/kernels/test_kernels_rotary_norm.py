@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from sabrage.attention.rotary import Rotary
+from sabrage.kernels import rotary_norm as room
+from sabrage.kernels.language import KernelError
+from sabrage.kernels.rotary_norm import rotary_norm, rotary_norm_reference
+from sabrage.norms import rms_norm
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
+)
+
+
+def heads() -> torch.Tensor:
+    return torch.randn(2, 6, 3, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_reference_is_the_norm_and_rotation_of_the_attention_room() -> None:
+    tables = Rotary().build(16)
+    (found,) = rotary_norm_reference(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
+    torch.testing.assert_close(found, tables(rms_norm(heads())))
+
+
+@interpreted
+def test_every_head_keeps_unit_root_mean_square() -> None:
+    tables = Rotary().build(16)
+    (found,) = rotary_norm(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
+    torch.testing.assert_close(found.square().mean(-1), torch.ones(2, 6, 3), rtol=1e-4, atol=0)
+
+
+@interpreted
+def test_the_registration_of_the_operation_is_sound() -> None:
+    tables = Rotary().build(16)
+    angles = (tables.cosine_TK[:6], tables.sine_TK[:6])
+    torch.library.opcheck(room._forward, (heads().requires_grad_(), *angles, 1e-6))
+
+
+def test_tables_of_another_length_are_refused() -> None:
+    tables = Rotary().build(16)
+    with pytest.raises(KernelError, match=r"tables of \(T, K / 2\)"):
+        rotary_norm(heads(), tables.cosine_TK, tables.sine_TK)
