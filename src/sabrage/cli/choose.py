@@ -18,11 +18,11 @@ from sabrage.run.folder import RunFolder, read_run
 def changed(
     name: str, assignments: Sequence[str], *, seed: int | None = None, steps: int | None = None
 ) -> Recipe:
-    """The recipe of that name with changes applied in order. Raises ConfigError."""
+    """The recipe of that name with changes applied in order, the shortcuts last. Raises ConfigError."""
     recipe = find(name)
     shortcuts = {"budget.seed": seed, "plan.steps": steps}
     given = [f"{path}={value}" for path, value in shortcuts.items() if value is not None]
-    for assignment in [*given, *assignments]:
+    for assignment in [*assignments, *given]:
         recipe = override(recipe, assignment)
     return recipe
 

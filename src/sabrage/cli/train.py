@@ -98,7 +98,7 @@ class Train:
             if recipe.name != self.recipe:
                 raise ConfigError(f"{folder.path} is a run of {recipe.name!r}, not of {self.recipe!r}")
         else:
-            recipe = changed(self.recipe, self.set, seed=self.seed, steps=self.steps)
+            recipe = changed(self.recipe, self.set, seed=self.seed, steps=self.steps).validate()
             folder = self.new_folder(recipe.name, leads=leads)
         if self.target is not None:
             recipe = replace(recipe, budget=replace(recipe.budget, target=self.target))

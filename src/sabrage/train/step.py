@@ -57,8 +57,8 @@ class TrainStep:
         rows = micro_rows(batch.tokens_BT.shape, self.micro_tokens)
         weights, device = knobs.loss_weights, self.world.device
         # From pinned memory, since a copy from any other waits for the device.
-        pinned = device.type == "cuda"
-        weights_W = torch.tensor(weights, pin_memory=pinned).to(device, non_blocking=True) if weights else None
+        host_W = torch.tensor(weights, pin_memory=device.type == "cuda")
+        weights_W = host_W.to(device, non_blocking=True) if weights else None
         documents = batch.documents_BT
         pieces = zip(
             batch.tokens_BT.split(rows),

@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from sabrage.cli import main
+from sabrage.cli.choose import changed
+from sabrage.config import from_json, override
+from sabrage.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Tables are not folded."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def test_list_names_every_recipe_with_its_summary(capsys):
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert [name for name, recipe in RECIPES.items() if name not in text or recipe.summary not in text] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_json_of_show_is_the_recipe(name, capsys):
+    assert main(["show", name, "--json"]) == 0
+    assert from_json(json.loads(capsys.readouterr().out)) == RECIPES[name]
+
+
+def test_the_changes_are_in_what_show_prints(capsys):
+    changes = ["model.layers=2", "precision=Bf16", "model.layers=6"]
+    assert main(["show", "demo", "--json", *(part for change in changes for part in ("--set", change))]) == 0
+    assert from_json(json.loads(capsys.readouterr().out)) == changed(
+        "demo", ["model.layers=6", "precision=Bf16"]
+    )
+
+
+def test_every_line_of_show_can_be_given_to_set(capsys):
+    assert main(["show", "nocap"]) == 0
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    recipe = RECIPES["nocap"]
+    leaves = [line.replace(" = ", "=", 1) for line in lines if ".part = " not in line and line[:4] != "part"]
+    assert "plan.steps=4768" in leaves
+    for leaf in leaves:
+        assert override(recipe, leaf) == recipe
+
+
+def test_show_says_what_the_recipe_costs(capsys):
+    assert main(["show", "nocap"]) == 0
+    costs = capsys.readouterr().out.partition("\n\n")[2]
+    for name in ("parameters", "FLOPs per token", "tokens needed", "memory by rows"):
+        assert name in costs
+    assert "123,532,032" in costs
+    assert "2,499,805,184 (25.00 shards of 100M)" in costs
+
+
+def test_doctor_has_a_verdict_for_every_recipe(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in RECIPES:
+        (row,) = [line for line in lines if f"│ {name} " in line]
+        assert any(f"│ {answer} " in row for answer in ("runs", "runs slower", "cannot")), row
+    (nocap,) = [line for line in lines if "│ nocap " in line]
+    assert "sabrage data fineweb" in nocap or "free" in nocap

@@ -1,0 +1,160 @@
+import re
+
+import pytest
+import torch
+
+from sabrage.cli import main
+from sabrage.data.tokenizer import ByteTokenizer
+from sabrage.generate.cache import DenseCache
+from sabrage.generate.sampling import Sampling, draw, probabilities
+from sabrage.generate.text import generate, stream_text
+from sabrage.model.lm import build_model
+
+GREEDY = Sampling(temperature=0)
+PROMPT = [256, 84, 104, 101, 32]
+
+
+@pytest.fixture
+def trained(tiny_options, tmp_path, monkeypatch, one_thread):
+    """An empty folder with a trained run in `run`."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo", *tiny_options, "--out", "run"]) == 0
+
+
+@pytest.fixture
+def write(trained, capsys):
+    """write(*options) -> what `sabrage generate run` prints."""
+    capsys.readouterr()
+
+    def text(*options):
+        assert main(["generate", "run", "--device", "cpu", "--max-tokens", "60", *options]) == 0
+        return capsys.readouterr().out
+
+    return text
+
+
+def test_the_seed_decides_the_text(write):
+    texts = [write("--seed", seed, "--temperature", "1") for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_comes_first_and_the_text_is_new(write):
+    text = write("--prompt", "The 5", "--max-tokens", "7")
+    assert text.startswith("The 5")
+    assert len(text.encode(errors="replace").rstrip(b"\n")) > len("The 5")
+
+
+def test_greedy_and_top_1_write_the_same(write):
+    greedy = write("--temperature", "0")
+    assert write("--top-k", "1", "--seed", "5") == greedy
+    assert write("--top-p", "0.000001", "--seed", "6") == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature=-1.0, .*temperature >= 0"),
+        (["--top-p", "0"], "top_p=0.0; allowed"),
+        (["--max-tokens", "0"], "max_tokens=0, allowed: 1 or more"),
+    ],
+)
+def test_impossible_options_are_refused(trained, capsys, options, message):
+    assert main(["generate", "run", "--device", "cpu", *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def fresh(tiny, one_thread):
+    """The tiny model with weights large enough that its choices differ."""
+    model = build_model(tiny.model, seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@torch.no_grad()
+def test_cached_decoding_takes_the_tokens_of_the_full_forward_pass(fresh):
+    expected = list(PROMPT)
+    for _ in range(40):
+        expected.append(int(fresh.logits(torch.tensor([expected]))[0, -1].argmax()))
+    found = list(generate(fresh, PROMPT, max_tokens=40, sampling=GREEDY))
+    assert found == expected[len(PROMPT) :]
+    assert len(set(found)) > 5
+
+
+def test_decoding_stops_at_the_end_of_text(fresh):
+    tokens = list(generate(fresh, PROMPT, max_tokens=40, sampling=GREEDY))
+    end = tokens[7]
+    stopped = list(generate(fresh, PROMPT, max_tokens=40, sampling=GREEDY, end_of_text=end))
+    assert stopped == tokens[: tokens.index(end)]
+
+
+def test_tokens_are_yielded_as_soon_as_they_are_known(fresh):
+    calls = []
+    fresh.head.register_forward_hook(lambda *_: calls.append(1))
+    tokens = generate(fresh, PROMPT, max_tokens=40, sampling=GREEDY)
+    for count in (1, 2, 3):
+        next(tokens)
+        assert len(calls) == count
+
+
+def test_a_prompt_without_tokens_is_refused(fresh):
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        next(generate(fresh, [], max_tokens=1, sampling=GREEDY))
+
+
+def test_the_cache_holds_what_the_streams_declare_and_refuses_more(tiny):
+    cache = DenseCache(tiny.model, batch=3, capacity=5)
+    assert cache.bytes() == 2 * 3 * 5 * (32 + 32) * 4
+    entries = torch.zeros(3, 4, 32)
+    cache.extend(0, key=entries, value=entries)
+    cache.advance(4)
+    with pytest.raises(ValueError, match="holds 5 tokens and 8 were needed"):
+        cache.extend(0, key=entries, value=entries)
+
+
+def test_characters_of_several_bytes_are_streamed_whole():
+    text = "naïve café, 12 €, 𝄞 and 日本"
+    pieces = list(stream_text(iter(ByteTokenizer().encode(text)), ByteTokenizer()))
+    assert pieces == list(text)
+
+
+def test_a_character_cut_short_is_marked_and_does_not_swallow_the_next():
+    tokenizer = ByteTokenizer()
+    cut = [*"€".encode()[:2], *b"a", *"𝄞".encode()[:3]]
+    assert "".join(stream_text(iter(cut), tokenizer)) == "\ufffda\ufffd"
+
+
+def test_the_end_of_text_inside_a_stream_is_spelled_out():
+    assert "".join(stream_text(iter([65, 256, 66]), ByteTokenizer())) == "A<|endoftext|>B"
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
+
+
+def test_temperature_divides_the_logits():
+    found = probabilities(LOGITS, Sampling(temperature=0.5))
+    torch.testing.assert_close(found, (LOGITS * 2).softmax(-1))
+
+
+def test_top_k_keeps_the_likeliest_and_their_proportions():
+    found = probabilities(LOGITS, Sampling(top_k=2))
+    torch.testing.assert_close(found[:, :2], LOGITS[:, :2].softmax(-1))
+    assert found[:, 2:].tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    plain = LOGITS.softmax(-1)
+    for kept in (1, 2, 3, 4):
+        within = plain[0, :kept].sum().item()
+        found = probabilities(LOGITS, Sampling(top_p=within - 1e-4))
+        assert (found > 0).sum() == kept
+        torch.testing.assert_close(found[0, :kept], plain[0, :kept] / within)
+
+
+def test_draws_follow_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(LOGITS.expand(20_000, -1), Sampling(), generator)
+    shares = torch.bincount(drawn, minlength=5) / 20_000
+    torch.testing.assert_close(shares, LOGITS.softmax(-1)[0], rtol=0, atol=0.015)
