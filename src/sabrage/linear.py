@@ -17,7 +17,12 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
-    """forward(x_XI) -> y_XO; initialised as torch's own."""
+    """forward(x_XI) -> y_XO; initialised as torch's own.
+
+    `replaceable` is turned off by a module that reads the weight itself, in a kernel of its own.
+    """
+
+    replaceable = True
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -36,9 +41,10 @@ def replace_products(
 ) -> None:
     """Gives `make(name, layer)` to every Linear whose module name one of the patterns is found in.
 
-    Raises ConfigError for a pattern that matches none.
+    Raises ConfigError for a pattern that matches none that is replaceable.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    modules = model.named_modules()
+    layers = {name: each for name, each in modules if isinstance(each, Linear) and each.replaceable}
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in layers):
             kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers}))

@@ -21,12 +21,16 @@ def set_switches(*, tf32: bool = False) -> None:
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
 
 
-def lacking(what: str, least: tuple[int, int], facts: DeviceFacts, *, instead: str) -> str:
-    """The sentence with which a format refuses a device."""
-    has = ".".join(map(str, facts.capability)) if facts.capability else "none"
-    needs = ".".join(map(str, least))
+def lacking(what: str, least: tuple[int, int], facts: DeviceFacts) -> str | None:
+    """The sentence with which a format refuses a device of less than `least`, or None."""
+    capability = facts.capability or (0, 0)
+    if capability >= least:
+        return None
+    instead = "Bf16" if capability >= (8, 0) else "Fp16" if capability >= (7, 0) else "Fp32"
+    needs, has = (".".join(map(str, pair)) for pair in (least, capability))
     return (
-        f"{what} needs compute capability {needs} and {facts.name} has {has}; use --set precision={instead}"
+        f"{what} needs a GPU of compute capability {needs} and {facts.name} has "
+        f"{has if facts.capability else 'none'}; use --set precision={instead}"
     )
 
 
@@ -53,9 +57,7 @@ class Tf32(Precision):
     """fp32 everywhere, but products round their inputs to TF32 and sum in fp32."""
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        if facts.capability is not None and facts.capability >= (8, 0):
-            return None
-        return lacking("TF32", (8, 0), facts, instead="Fp32")
+        return lacking("TF32", (8, 0), facts)
 
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
         set_switches(tf32=True)
@@ -73,7 +75,7 @@ class Bf16(Precision):
     """fp32 weights and optimizer state, matrix products in bf16 by torch's autocast."""
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        return None if facts.has_bf16 else lacking("bf16", (8, 0), facts, instead="Fp16")
+        return None if facts.has_bf16 else lacking("bf16", (8, 0), facts)
 
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
         set_switches()
@@ -92,11 +94,11 @@ class Bf16Weights(Precision):
 
     Saves the traffic of casting weights and of an fp32 residual stream and gradients. It saves no memory on
     weights (2 bytes and a master of 4), and gradients add up in bf16: n micro-batches cost a relative error
-    of about sqrt(n) / 512.
+    of about sqrt(n) / 800.
     """
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        return None if facts.has_bf16 else lacking("bf16", (8, 0), facts, instead="Fp16")
+        return None if facts.has_bf16 else lacking("bf16", (8, 0), facts)
 
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
         set_switches()

@@ -42,9 +42,7 @@ class Fp16(Precision):
         return found
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        if facts.capability is None or facts.capability >= (7, 0):
-            return None
-        return lacking("fp16", (7, 0), facts, instead="Fp32")
+        return None if facts.capability is None else lacking("fp16", (7, 0), facts)
 
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
         set_switches()

@@ -48,9 +48,7 @@ class Fp8(Precision):
         return check_patterns("products", self.products)
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        if facts.has_fp8:
-            return None
-        return lacking("FP8", (8, 9), facts, instead="Bf16" if facts.has_bf16 else "Fp16")
+        return lacking("FP8", (8, 9), facts)
 
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Raises ConfigError for a pattern that matches no layer and for a width that FP8 cannot take."""
@@ -136,7 +134,7 @@ def quantise(values_X: Tensor, dtype: torch.dtype, history: Tensor | None = None
         history.copy_(torch.cat((amax[None], history[:-1])))
         amax = torch.where(past > 0, past, amax)
     # The floor keeps a tensor of zeros at zero instead of 0 / 0.
-    scale = amax.clamp(min=1e-12) / largest
+    scale = amax.clamp(min=1e-30) / largest
     return (values_X.float() / scale).clamp(-largest, largest).to(dtype).contiguous(), scale
 
 
