@@ -11,6 +11,7 @@ from torch import Tensor
 from sabrage.config import ConfigError, resolve
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
+from sabrage.model.legality import quick
 from sabrage.model.lm import build_model
 from sabrage.optim.groups import Optimizers
 from sabrage.parts import Batch, Corpus, Knobs
@@ -61,6 +62,7 @@ def train(
     facts = probe(world.device)
     asked, recipe = recipe, resolve(recipe, facts).validate(facts)
     check_data(recipe, corpus, world)
+    legality = None if resume else quick(asked.model, max_length=longest_row(asked)).require()
     clocks = clocks or Clocks()
     compile = recipe.runtime.compile == "on"
     use_compile_cache(compile)
@@ -84,7 +86,7 @@ def train(
     )
 
     with Recorder(
-        asked, recipe, folder, corpus, world, facts, clocks, tracker=tracker, resume=resume
+        asked, recipe, folder, corpus, world, facts, clocks, legality, tracker=tracker, resume=resume
     ) as recorder:
         clocks.start_nocap()
         if compile or facts.kind == "cuda":
@@ -156,6 +158,12 @@ def run_steps(
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after `step` steps."""
     return every > 0 and step % every == 0
+
+
+def longest_row(recipe: Recipe) -> int:
+    """Tokens of the longest row that training or validation gives the model."""
+    lengths = [knobs.sequence_length for knobs in recipe.plan.stages()]
+    return max(*lengths, recipe.budget.evaluation_length)
 
 
 def build_learner(recipe: Recipe, world: World) -> Learner:

@@ -10,6 +10,7 @@ import torch
 
 from sabrage.config import diff, to_json
 from sabrage.model.counts import flops_per_token, num_parameters
+from sabrage.model.legality import Legality
 from sabrage.parts import Corpus, Knobs
 from sabrage.recipe import Recipe
 from sabrage.run import checkpoint
@@ -37,12 +38,13 @@ class Recorder:
         world: World,
         facts: DeviceFacts,
         clocks: Clocks,
+        legality: Legality | None,
         *,
         tracker: str,
         resume: bool,
     ) -> None:
         self.recipe, self.resolved, self.folder = recipe, resolved, folder
-        self.corpus, self.world = corpus, world
+        self.corpus, self.world, self.legality = corpus, world, legality
         self.facts, self.clocks, self.tracker_name, self.resume = facts, clocks, tracker, resume
         self.validation_loss: float | None = None
         self.at_validation: dict[str, float] = {}
@@ -88,6 +90,7 @@ class Recorder:
             "track": self.corpus.track,
             "parameters": num_parameters(self.recipe.model),
             "processes": self.world.size,
+            "legality": self.legality.to_json() if self.legality else None,
         }
 
     def message(self, text: str) -> None:
