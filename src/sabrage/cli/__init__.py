@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from sabrage.cli.check import Check
 from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
 from sabrage.cli.evaluate import Eval
@@ -25,6 +26,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
