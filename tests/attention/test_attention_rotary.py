@@ -1,0 +1,76 @@
+"""Rotary positions: only differences count, and the tables have an end."""
+
+import math
+
+import pytest
+import torch
+
+from sabrage.attention.rotary import Rotary
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [2, 6, 64])
+def test_products_depend_on_the_difference_of_positions_alone(width):
+    rotary = Rotary(max_length=600).build(width)
+    q_BTHK, k_BTHK = draw(1, 9, 3, width), draw(1, 9, 3, width, seed=1)
+    positions_BT = torch.tensor([[0, 1, 5, 7, 8, 20, 21, 90, 100]])
+    products = []
+    for shift in (0, 1, 499):
+        q, k = (rotary(x, positions_BT + shift) for x in (q_BTHK, k_BTHK))
+        products.append(torch.einsum("bthk,bshk->bhts", q, k))
+    torch.testing.assert_close(products[1], products[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(products[2], products[0], atol=2e-5, rtol=0)
+    later = torch.einsum("bthk,bshk->bhts", rotary(q_BTHK, positions_BT + 1), rotary(k_BTHK, positions_BT))
+    assert not torch.allclose(later, products[0], atol=1e-2)
+
+
+def test_position_zero_changes_nothing_and_no_position_changes_a_length():
+    rotary, x_BTHK = Rotary(max_length=64).build(8), draw(2, 63, 1, 8)
+    turned = rotary(x_BTHK)
+    assert torch.equal(turned[:, 0], x_BTHK[:, 0])
+    torch.testing.assert_close(turned.norm(dim=-1), x_BTHK.norm(dim=-1))
+
+
+def test_positions_are_counted_from_zero_unless_given():
+    rotary, x_BTHK = Rotary(max_length=32).build(8), draw(2, 17, 3, 8)
+    positions_BT = torch.arange(17).expand(2, -1)
+    assert torch.equal(rotary(x_BTHK), rotary(x_BTHK, positions_BT))
+    assert torch.equal(rotary(x_BTHK)[:, 5:], rotary(x_BTHK[:, 5:], positions_BT[:, 5:]))
+
+
+def test_each_sequence_has_its_own_positions():
+    rotary, x_BTHK = Rotary(max_length=32).build(8), draw(1, 3, 1, 8).repeat(2, 1, 1, 1)
+    turned = rotary(x_BTHK, torch.tensor([[4, 5, 6], [9, 10, 11]]))
+    assert torch.equal(turned[1:], rotary(x_BTHK[1:], torch.tensor([[9, 10, 11]])))
+    assert not torch.equal(turned[0], turned[1])
+
+
+def test_a_bf16_head_is_turned_in_fp32_and_rounded_once():
+    rotary, x_BTHK = Rotary(max_length=4096).build(8), draw(1, 4096, 1, 8).bfloat16()
+    turned = rotary(x_BTHK)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, rotary(x_BTHK.float()).bfloat16())
+
+
+def test_tables_are_not_saved_and_hold_angles_to_fp32_precision_at_the_far_end():
+    tables = Rotary(max_length=16384).build(64)
+    assert tables.state_dict() == {}
+    for index in (0, 3, 31):
+        angle = 16383 * 10000.0 ** (-2 * index / 64)
+        assert tables.cosine_TK[16383, index].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert tables.sine_TK[16383, index].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_a_sequence_beyond_the_tables_is_refused_with_the_remedy():
+    rotary = Rotary(max_length=16).build(8)
+    with pytest.raises(ValueError, match=r"17 tokens, rotary tables of 16; raise rotary.max_length"):
+        rotary(draw(1, 17, 1, 8))
+
+
+@pytest.mark.parametrize("changes", [{"max_length": 0}, {"base": 0.0}, {"base": -1.0}])
+def test_values_without_meaning_are_problems(changes):
+    assert Rotary(**changes).problems()
+    assert Rotary().problems() == []
