@@ -56,7 +56,7 @@ def test_show_says_what_the_recipe_costs(capsys):
 def test_doctor_has_a_verdict_for_every_recipe(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition("verdict")[2].splitlines()
     for name in RECIPES:
         (row,) = [line for line in lines if f"│ {name} " in line]
         assert any(f"│ {answer} " in row for answer in ("runs", "runs slower", "cannot")), row

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -33,19 +33,23 @@ Command = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 on success, 1 for what could not be done, 2 for bad usage, 130 after Ctrl-C
-    (143 after SIGTERM).
-
-    Errors that a user can mend are ValueErrors: they are printed as a sentence, without a traceback.
-    """
-    command = tyro.cli(
+def parse(arguments: Sequence[str] | None = None) -> Any:
+    """The command that the arguments ask for, not yet run; wrong usage ends the process with status 2."""
+    return tyro.cli(
         Command,
         prog="sabrage",
         description=DESCRIPTION,
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 for what could not be done, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Errors that a user can mend are ValueErrors: they are printed as a sentence, without a traceback.
+    """
+    command = parse(arguments)
     try:
         return command.run()
     except KeyboardInterrupt:
