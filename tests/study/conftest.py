@@ -55,6 +55,7 @@ result = {
     "tokens_per_second": 4096 / step_seconds, "train_seconds": seconds, "nocap_seconds": seconds + 1,
     "wall_seconds": seconds + 2, "median_step_seconds": step_seconds, "peak_memory": None,
 }
+(given.out / "checkpoints" / "step-last").mkdir(parents=True)
 (given.out / "result.json").write_text(json.dumps(result))
 """
 

@@ -102,6 +102,13 @@ def test_an_interrupted_study_saves_and_the_same_call_goes_on(program, calls, tm
     assert calls()[2:] == [f"{LONG}--seed-0 resumed", "demo--seed-1"]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_checkpoints_of_done_runs_go_unless_they_are_wanted(program, tmp_path, kept):
+    job = Job(parse_variant("demo"), 0, tmp_path / "runs" / "demo")
+    assert Local(program=program, keep_checkpoints=kept).run([[job]], watch=lambda: None)
+    assert (job.folder / "checkpoints").exists() == kept
+
+
 def test_a_run_that_left_no_checkpoint_starts_anew(program, tmp_path):
     job = Job(parse_variant("demo"), 0, tmp_path / "runs" / "demo")
     job.folder.mkdir(parents=True)
@@ -114,9 +121,9 @@ def test_a_run_that_left_no_checkpoint_starts_anew(program, tmp_path):
 
 def test_a_run_that_another_process_works_on_is_not_started_twice(program, tmp_path):
     job = Job(parse_variant(LONG), 0, tmp_path / "runs" / "long")
-    first = Attempt(job, program=program, environment={})
+    first = Attempt(job, launcher=Local(program=program), environment={})
     with pytest.raises(StudyError, match="an earlier call still works on"):
-        Attempt(job, program=program, environment={})
+        Attempt(job, launcher=Local(program=program), environment={})
     first.process.kill()
     first.process.wait()
 
@@ -142,16 +149,19 @@ def test_a_summary_compares_at_equal_tokens_and_at_equal_seconds(program, tmp_pa
     deep = by_name[DEEP]
     # The stand-in's loss is 3 + 40 / (steps (1 + layers / 40)), its step takes layers / 100 s.
     expected = 0.4 / 1.2 - 0.4 / 1.1
-    assert deep["difference"] == pytest.approx(expected, abs=0.003)
-    assert deep["at_tokens_difference"] == pytest.approx(deep["difference"])
+    assert deep["loss_difference"] == pytest.approx(expected, abs=0.003)
+    assert deep["at_tokens_difference"] == pytest.approx(deep["loss_difference"])
     assert summary["equal_seconds"] == pytest.approx(4.0)
     assert deep["at_seconds_difference"] == pytest.approx(0.8 / 1.2 - 0.4 / 1.1, abs=0.003)
-    assert deep["speed_ratio"] == pytest.approx(0.5)
+    assert deep["speed"] == pytest.approx(0.5)
     assert deep["seconds_to_target"] < deep["train_seconds"]
     # Seeds differ by 0.004, pairs by 0.001: pairing is what makes the difference visible.
-    assert deep["half"] < 0.004
-    assert deep["p"] < 0.01
-    assert any(sentence.startswith(f"{DEEP}: better: -0.0") for sentence in summary["sentences"])
+    assert deep["loss_half"] < 0.004
+    assert deep["loss_p"] < 0.01
+    assert summary["sentences"][0].startswith(f"{DEEP}: better: -0.0")
+    assert summary["notes"][0] == f"noise floor {summary['noise_floor']:.4f} (sd of a loss over seeds)"
+    assert summary["detectable"] < summary["noise_floor"]
+    assert f"3 pairs find a difference of {summary['detectable']:.4f}" in summary["notes"][1]
 
 
 def test_a_variant_that_changes_nothing_shows_no_difference(program, tmp_path):

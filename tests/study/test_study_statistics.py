@@ -9,8 +9,8 @@ from sabrage.study.statistics import (
     against_target,
     detectable,
     estimate,
-    noise_floor,
     paired,
+    pooled_sd,
     verdict,
 )
 
@@ -24,7 +24,8 @@ def test_the_paired_estimate_is_scipys_related_t_test():
     assert found.n == 5
     assert found.mean == pytest.approx(np.mean(B) - np.mean(A))
     assert found.p == pytest.approx(known.pvalue)
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.mean - found.half == pytest.approx(interval.low)
+    assert found.mean + found.half == pytest.approx(interval.high)
 
 
 def test_the_claim_below_a_target_is_scipys_one_sided_t_test():
@@ -37,13 +38,13 @@ def test_the_interval_is_what_a_hand_computes():
     # Differences 1, 2, 3: sd 1, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027.
     found = estimate([1.0, 2.0, 3.0])
     assert (found.mean, found.sd) == (2.0, 1.0)
-    assert found.high - found.mean == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert found.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
 
 
 def test_one_value_has_a_mean_and_nothing_else():
     found = estimate([0.25])
     assert (found.n, found.mean) == (1, 0.25)
-    assert found.sd is found.low is found.high is found.p is found.p_below is None
+    assert found.sd is found.half is found.p is found.p_below is None
 
 
 def test_runs_that_are_the_same_bit_for_bit_do_not_differ():
@@ -59,11 +60,12 @@ def test_a_constant_difference_leaves_no_doubt():
 
 def test_the_noise_floor_pools_the_variances_by_their_degrees_of_freedom():
     # Variances 2 (n=2) and 1 (n=3): (1 * 2 + 2 * 1) / 3.
-    assert noise_floor([[0.0, 2.0], [1.0, 2.0, 3.0], [7.0]]) == pytest.approx(math.sqrt(4 / 3))
+    groups = [[0.0, 2.0], [1.0, 2.0, 3.0], [7.0]]
+    assert pooled_sd(map(estimate, groups)) == pytest.approx(math.sqrt(4 / 3))
 
 
 def test_there_is_no_noise_floor_without_a_repeat():
-    assert noise_floor([[1.0], [2.0]]) is None
+    assert pooled_sd(map(estimate, [[1.0], [2.0]])) is None
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])

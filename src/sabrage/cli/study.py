@@ -26,12 +26,16 @@ class Common:
     """Runs at a time: 0 is one for each GPU, or one on a CPU. More than GPUs spoil the timings."""
     ray: str | None = None
     """Hand the runs to Ray instead: local, auto or HOST:PORT (needs the extra `ray`)."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of runs that are done."""
 
     def launcher(self) -> "Launcher":
         """What starts the runs."""
         from sabrage.study.launch import Local, OnRay
 
-        return OnRay(address=self.ray) if self.ray else Local(parallel=self.parallel)
+        if self.ray:
+            return OnRay(address=self.ray, keep_checkpoints=self.keep_checkpoints)
+        return Local(parallel=self.parallel, keep_checkpoints=self.keep_checkpoints)
 
     def conclude(self, summary: dict[str, Any], folder: Path) -> int:
         """Writes and shows what came of it; 1 when a run failed, a race's claim is not confirmed included."""

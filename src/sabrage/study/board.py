@@ -1,9 +1,9 @@
 """What a person sees of a study: a live table of its runs on a terminal, elsewhere a line for a change."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -58,7 +58,7 @@ class Board:
 
     def table(self) -> Table:
         """Every run with its state, last step, loss and speed."""
-        table = Table("run", "state", "step", "loss", "tokens/s", box=None)
+        table = Table("run", "state", "step", "loss", "speed", box=None)
         for job in self.jobs:
             state, *cells = standing(job)
             colour = {"done": "green", "failed": "red", "started": "yellow"}.get(state, "dim")
@@ -67,21 +67,16 @@ class Board:
 
 
 def standing(job: Job) -> list[str]:
-    """State, step, loss and speed of a run as far as there are any, as text."""
-    return [job.state(), *figures(job)]
-
-
-def figures(job: Job) -> Iterator[str]:
+    """State, last step, loss and speed of a run, as far as there are any."""
+    cells: list[str] = [job.state()]
     try:
-        run = read_run(job.folder)
+        records = read_run(job.folder).records
     except RunError:
         # Nothing has been written yet.
-        return
-    last: dict[str, Any] = {}
-    for record in run.records:
-        last |= record
+        return cells
+    last = {name: value for record in records for name, value in record.items()}
     if "loss" in last:
-        yield f"step {last['step']:,}"
-        yield f"loss {float(last['loss']):.4f}"
+        cells += [f"step {last['step']:,}", f"loss {float(last['loss']):.4f}"]
     if "tokens_per_second" in last:
-        yield f"{count(last['tokens_per_second'])} tokens/s"
+        cells.append(f"{count(last['tokens_per_second'])} tokens/s")
+    return cells

@@ -27,7 +27,7 @@ from sabrage.run.folder import RunFolder, write_json
 from sabrage.study.plan import StudyError, Variant
 from sabrage.train.interrupt import Interruption
 
-SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_BETWEEN_LOOKS = 0.05
 LAST_LINES = 20
 Block = Sequence["Job"]
 
@@ -70,8 +70,8 @@ class Job:
 class Attempt:
     """A process that works on a job, going on from its newest checkpoint where there is one."""
 
-    def __init__(self, job: Job, *, program: Sequence[str], environment: dict[str, str]) -> None:
-        self.job = job
+    def __init__(self, job: Job, *, launcher: "Launcher", environment: dict[str, str]) -> None:
+        self.job, self.launcher = job, launcher
         job.output.parent.mkdir(parents=True, exist_ok=True)
         with job.output.open("ab") as output:
             # The child inherits the lock and holds it for as long as it lives, also when this process dies.
@@ -83,7 +83,7 @@ class Attempt:
                 ) from error
             job.failure.unlink(missing_ok=True)
             self.process = subprocess.Popen(
-                [*program, *self.arguments()],
+                [*launcher.program, *self.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -109,7 +109,10 @@ class Attempt:
         code = self.process.poll()
         if code is None:
             return False
-        if self.job.state() != "done" and not stopping:
+        if self.job.state() == "done":
+            if not self.launcher.keep_checkpoints:
+                shutil.rmtree(RunFolder(self.job.folder).checkpoints, ignore_errors=True)
+        elif not stopping:
             lines = self.job.output.read_text(errors="replace").splitlines()
             self.job.fail(f"exit code {code}", lines[-LAST_LINES:])
         return True
@@ -118,8 +121,8 @@ class Attempt:
 def run_blocks(
     blocks: Sequence[Block],
     *,
+    launcher: "Launcher",
     places: Sequence[dict[str, str]],
-    program: Sequence[str],
     watch: Callable[[], None],
 ) -> bool:
     """Runs every job that is not done, block by block, at each of `places` one at a time.
@@ -143,7 +146,7 @@ def run_blocks(
                         at_hand[index] = waiting.popleft()
                     if attempt is None and at_hand[index] and not stopping:
                         job = at_hand[index].popleft()
-                        running[index] = Attempt(job, program=program, environment=place)
+                        running[index] = Attempt(job, launcher=launcher, environment=place)
                 if stopping and not passed_on:
                     passed_on = True
                     for attempt in filter(None, running):
@@ -160,9 +163,13 @@ def run_blocks(
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher(Part, ABC):
-    """Runs jobs with an existing engine. `program` is what takes the words of `sabrage train ...`."""
+    """Runs jobs with an existing engine; `program` is what takes the words of `sabrage train ...`.
+
+    Done runs need no checkpoints to be compared, so these go unless `keep_checkpoints` says otherwise.
+    """
 
     program: tuple[str, ...] = (sys.executable, "-m", "sabrage")
+    keep_checkpoints: bool = False
 
     @abstractmethod
     def run(self, blocks: Sequence[Block], *, watch: Callable[[], None]) -> bool:
@@ -179,7 +186,7 @@ class Local(Launcher):
     parallel: int = 0
 
     def run(self, blocks: Sequence[Block], *, watch: Callable[[], None]) -> bool:
-        return run_blocks(blocks, places=self.places(), program=self.program, watch=watch)
+        return run_blocks(blocks, launcher=self, places=self.places(), watch=watch)
 
     def places(self) -> list[dict[str, str]]:
         """The environment that each process gets: its GPU, where there are several."""
@@ -210,7 +217,7 @@ class OnRay(Launcher):
         try:
             num_gpus = min(1, ray.cluster_resources().get("GPU", 0))
             task = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=0)(work)
-            pending = {task.remote(block, self.program, Path.cwd()): block for block in blocks}
+            pending = {task.remote(block, self, Path.cwd()): block for block in blocks}
             return self.wait(ray, pending, watch)
         finally:
             ray.shutdown()
@@ -253,9 +260,9 @@ class OnRay(Launcher):
                 path.write_bytes(data)
 
 
-def work(block: Block, program: Sequence[str], cwd: Path) -> dict[Path, bytes]:
+def work(block: Block, launcher: Launcher, cwd: Path) -> dict[Path, bytes]:
     """A block on whatever machine this is; returns the files of its runs, without the checkpoints."""
     os.chdir(cwd)
-    run_blocks([block], places=[{}], program=program, watch=lambda: None)
+    run_blocks([block], launcher=launcher, places=[{}], watch=lambda: None)
     files = [path for job in block for path in (job.output, job.failure, *job.folder.glob("*.*"))]
     return {path: path.read_bytes() for path in files if path.is_file()}

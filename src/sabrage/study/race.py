@@ -16,7 +16,7 @@ from sabrage.run.folder import Run
 from sabrage.study.launch import Job, Launcher
 from sabrage.study.plan import StudyError, Variant, fitted
 from sabrage.study.runner import blocks_of, carry_out, claim, finished
-from sabrage.study.statistics import Estimate, distributions, estimate
+from sabrage.study.statistics import against_target, distributions, estimate, paired
 from sabrage.study.summary import CLOCKS, cautions, facts, final_loss, result
 
 SIGNIFICANCE = 0.01
@@ -59,6 +59,7 @@ def smallest(meets: Callable[[int], bool], *, start: int, grid: int, most: int) 
     """
     highest = most // grid
     at = min(max(round(start / grid), 1), highest)
+    # No step at all does not meet; bracket first, then halve.
     low, high = 0, None
     while high is None or high - low > 1:
         if meets(at * grid):
@@ -70,27 +71,10 @@ def smallest(meets: Callable[[int], bool], *, start: int, grid: int, most: int) 
         if high is None:
             at = min(max(at + 1, at * 4 // 3), highest)
         elif low == 0:
-            at = max(1, min(high - 1, high * 3 // 4))
-            if high == 1:
-                break
+            at = max(1, high * 3 // 4)
         else:
             at = (low + high) // 2
     return high * grid
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """What `seeds` runs of `steps` steps showed: `margin` is loss - target, or loss - base's of that seed."""
-
-    steps: int
-    seeds: tuple[int, ...]
-    margin: Estimate
-    runs: tuple[Run, ...]
-    base_runs: tuple[Run, ...]
-
-    @property
-    def holds(self) -> bool:
-        return self.margin.p_below is not None and self.margin.p_below < SIGNIFICANCE
 
 
 class Race:
@@ -101,6 +85,7 @@ class Race:
         self.plan, self.folder, self.launcher = plan.check(), folder, launcher
         claim(folder, plan)
         self.explored: dict[int, float] = {}
+        self.confirming: list[Run] = []
 
     def run(self) -> dict[str, Any]:
         """The whole race; returns its summary. Raises StudyError when a run fails or none meets."""
@@ -110,14 +95,14 @@ class Race:
         steps = smallest(
             lambda count: self.explore(count) <= target, start=start, grid=plan.grid, most=plan.most
         )
-        confirmations: list[Confirmation] = []
+        rows: list[dict[str, Any]] = []
         for attempt in range(plan.attempts):
             first = EXPLORING_SEED + 1 + attempt * plan.seeds
-            confirmations.append(self.confirm(steps, tuple(range(first, first + plan.seeds))))
-            if confirmations[-1].holds:
+            rows.append(self.confirm(steps, tuple(range(first, first + plan.seeds))))
+            if rows[-1]["confirmed"] or steps + plan.grid > plan.most:
                 break
             steps += plan.grid
-        return self.summary(target, confirmations)
+        return self.summary(target, rows)
 
     def target(self) -> float:
         """The target in nats for exploring: the plan's, or what the base reaches with that seed."""
@@ -132,24 +117,38 @@ class Race:
         self.explored[steps] = loss
         return loss
 
-    def confirm(self, steps: int, seeds: tuple[int, ...]) -> Confirmation:
-        """Fresh seeds at that many steps, the base in turn with them."""
+    def confirm(self, steps: int, seeds: tuple[int, ...]) -> dict[str, Any]:
+        """What fresh seeds show at that many steps, the base in turn with them: a row of the summary.
+
+        `margin` is loss - target, or loss - base's of the same seed; seconds are means over the seeds.
+        """
         plan = self.plan
         variants = [self.at(plan.variant, steps)]
         if plan.base is not None:
             short = min(BASE_STEPS, plan.base.make().plan.steps)
             variants.append(plan.base if plan.target is None else self.at(plan.base, short))
-        runs = self.done(variants, seeds)
-        mine, others = runs[0], runs[1] if plan.base is not None else []
-        goals = [plan.target if plan.target is not None else final_loss(run) for run in others or mine]
-        margin = estimate([final_loss(run) - goal for run, goal in zip(mine, goals, strict=True)])
-        return Confirmation(steps, seeds, margin, tuple(mine), tuple(others))
+        runs, *others = self.done(variants, seeds)
+        losses = [final_loss(run) for run in runs]
+        if plan.target is not None:
+            margin = against_target(losses, plan.target)
+        else:
+            margin = paired([final_loss(run) for run in others[0]], losses)
+        row: dict[str, Any] = {"steps": steps, "tokens": result(runs[0])["tokens"]}
+        row |= {"runs": len(runs), "seeds": list(seeds), "loss": fmean(losses), "sd": estimate(losses).sd}
+        assert margin.p_below is not None, "a confirmation has two seeds or more"
+        row |= {"margin": margin.mean, "p": margin.p_below, "confirmed": margin.p_below < SIGNIFICANCE}
+        row |= {clock: fmean(result(run)[clock] for run in runs) for clock in CLOCKS}
+        for base in others:
+            seconds = fmean(result(run)["median_step_seconds"] for run in base)
+            row |= {"base_step_seconds": seconds, "base_steps": row["train_seconds"] / seconds}
+        self.confirming += [*runs, *(run for base in others for run in base)]
+        return row
 
     def at(self, variant: Variant, steps: int) -> Variant:
-        """The variant over that many steps, which no target ends early."""
+        """The variant over that many steps, judged at its end alone."""
         recipe = fitted(variant.make(), steps=steps)
         named = replace(variant, name=f"{variant.name}@{steps}")
-        return named.become(replace(recipe, budget=replace(recipe.budget, target=None)))
+        return named.become(replace(recipe, budget=replace(recipe.budget, target=None, evaluate_every=0)))
 
     def done(self, variants: list[Variant], seeds: tuple[int, ...]) -> list[list[Run]]:
         """The runs of each variant by seed, carried out where need be. Raises StudyError naming failures."""
@@ -164,37 +163,33 @@ class Race:
             )
         return [[run for seed in seeds if (run := runs[variant, seed])] for variant in variants]
 
-    def summary(self, target: float, confirmations: list[Confirmation]) -> dict[str, Any]:
+    def summary(self, target: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The summary, also a result file: a row for each confirmation, those that failed included."""
-        plan, last = self.plan, confirmations[-1]
-        runs = [run for one in confirmations for run in (*one.runs, *one.base_runs)]
-        rows = [row(one, plan) for one in confirmations]
+        plan, last = self.plan, rows[-1]
         goal = f"the target {target}" if plan.target is not None else "the base's loss"
-        claim = f"{last.steps} steps meet {goal} with p = {last.margin.p_below:.2g} (n={plan.seeds})"
-        if not last.holds:
+        claim = f"{last['steps']} steps meet {goal} with p = {last['p']:.2g} (n={plan.seeds})"
+        if not last["confirmed"]:
             claim = f"not confirmed: {claim}, and {SIGNIFICANCE} is asked for; raise --attempts or --grid"
-        notes = [f"explored with seed {EXPLORING_SEED}: {self.path()}", *cautions(runs)]
-        if len(confirmations) > 1:
-            notes.append(f"{len(confirmations)} confirmations were tried, each longer and with fresh seeds")
+        path = ", ".join(f"{steps} steps {loss:.4f}" for steps, loss in sorted(self.explored.items()))
+        notes = [f"explored with seed {EXPLORING_SEED}: {path}", *cautions(self.confirming)]
+        if len(rows) > 1:
+            notes.append(f"{len(rows)} confirmations were tried, each longer and with fresh seeds")
         return {
             "name": "race",
-            **facts(runs),
-            "recipe": last.runs[0].manifest["recipe"],
-            "seeds": list(last.seeds),
-            "clocks": {clock: rows[-1][clock] for clock in CLOCKS},
+            **facts(self.confirming),
+            "recipe": self.confirming[0].manifest["recipe"],
+            "seeds": last["seeds"],
+            "clocks": {clock: last[clock] for clock in CLOCKS},
             "columns": [{"key": key, "title": title, "format": form} for key, title, form in COLUMNS],
             "rows": rows,
             "kind": "race",
+            "base": plan.base.name if plan.base else None,
             "target": target,
-            "confirmed": last.holds,
+            "confirmed": last["confirmed"],
             "explored": {str(steps): loss for steps, loss in sorted(self.explored.items())},
             "sentences": [claim],
             "notes": notes,
         }
-
-    def path(self) -> str:
-        """The step counts that were explored, with their losses."""
-        return ", ".join(f"{steps} steps {loss:.4f}" for steps, loss in sorted(self.explored.items()))
 
 
 COLUMNS = (
@@ -210,25 +205,3 @@ COLUMNS = (
     ("base_step_seconds", "seconds of a base step", ".4f"),
     ("base_steps", "cost in base steps", ",.1f"),
 )
-
-
-def row(one: Confirmation, plan: RacePlan) -> dict[str, Any]:
-    """One confirmation's line: means over its seeds."""
-    clocks = {clock: fmean(result(run)[clock] for run in one.runs) for clock in CLOCKS}
-    loss = estimate([final_loss(run) for run in one.runs])
-    base = fmean(result(run)["median_step_seconds"] for run in one.base_runs) if one.base_runs else None
-    return {
-        "steps": one.steps,
-        "tokens": result(one.runs[0])["tokens"],
-        "runs": len(one.runs),
-        "seeds": list(one.seeds),
-        "loss": loss.mean,
-        "sd": loss.sd,
-        "margin": one.margin.mean,
-        "p": one.margin.p_below,
-        "confirmed": one.holds,
-        **clocks,
-        "base": plan.base.name if plan.base else None,
-        "base_step_seconds": base,
-        "base_steps": clocks["train_seconds"] / base if base else None,
-    }

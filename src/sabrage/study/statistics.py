@@ -4,7 +4,7 @@ Runs of one seed form a pair, so what they share (weights' seed, data order, the
 differences, the 95% interval is mean(d) +- t(0.975, n - 1) sd(d) / sqrt(n). Lower losses are better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ def distributions() -> Any:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of `n` values with their sd, the 95% interval of the mean, and p against a mean of zero.
+    """A mean of `n` values, their sd, half the width of its 95% interval, and p against a mean of zero.
 
     `p` is two-sided, `p_below` one-sided: how often noise alone gives a mean this low. With one value only
     `n` and `mean` are known, the rest is None.
@@ -38,8 +38,7 @@ class Estimate:
     n: int
     mean: float
     sd: float | None = None
-    low: float | None = None
-    high: float | None = None
+    half: float | None = None
     p: float | None = None
     p_below: float | None = None
 
@@ -55,7 +54,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     # Equal values leave no doubt: runs that are bit for bit the same differ by nothing, with p = 1.
     score = mean / error if error > 0 else float(np.sign(mean)) * np.inf
     p = 2 * float(t.sf(abs(score), n - 1)) if mean else 1.0
-    return Estimate(n, mean, sd, mean - half, mean + half, p, float(t.cdf(score, n - 1)) if mean else 0.5)
+    return Estimate(n, mean, sd, half, p, float(t.cdf(score, n - 1)) if mean else 0.5)
 
 
 def paired(reference: Sequence[float], challenger: Sequence[float]) -> Estimate:
@@ -68,12 +67,14 @@ def against_target(losses: Sequence[float], target: float) -> Estimate:
     return estimate([loss - target for loss in losses])
 
 
-def noise_floor(groups: Sequence[Sequence[float]]) -> float | None:
-    """The seed-to-seed sd, pooled over groups of runs alike but for the seed; None without any repeat."""
-    repeated = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in repeated)
-    squares = sum(float(np.var(group, ddof=1)) * (len(group) - 1) for group in repeated)
-    return (squares / freedom) ** 0.5 if freedom else None
+def pooled_sd(estimates: Iterable[Estimate]) -> float | None:
+    """The sd common to several estimates, weighted by their degrees of freedom; None without any repeat.
+
+    Of groups of runs alike but for the seed it is the noise floor, of paired differences what they vary by.
+    """
+    repeated = [(one.n - 1, one.sd) for one in estimates if one.sd is not None]
+    freedom = sum(degrees for degrees, _ in repeated)
+    return (sum(degrees * sd**2 for degrees, sd in repeated) / freedom) ** 0.5 if freedom else None
 
 
 def detectable(sd: float, n: int) -> float:
@@ -96,13 +97,10 @@ def verdict(difference: Estimate | None) -> str:
     """What may be said of a difference in loss, in one sentence."""
     if difference is None:
         return "no pair of finished runs"
-    if difference.sd is None:
+    if difference.sd is None or difference.half is None:
         return f"one seed, screens only: {difference.mean:+.4f}"
-    assert difference.low is not None
-    assert difference.high is not None
-    half = (difference.high - difference.low) / 2
-    said = f"{difference.mean:+.4f} +- {half:.4f} at n={difference.n}"
-    if difference.low <= 0 <= difference.high:
+    said = f"{difference.mean:+.4f} +- {difference.half:.4f} at n={difference.n}"
+    if abs(difference.mean) <= difference.half:
         least = detectable(difference.sd, difference.n)
         return f"no difference seen: {said}, smallest detectable {least:.4f}"
     return f"{'better' if difference.mean < 0 else 'worse'}: {said}"
