@@ -2,15 +2,20 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from sabrage.cli import main
 from sabrage.config import override
+from sabrage.optim.muon import Muon
+from sabrage.parts import OptimizerGroup
+from sabrage.plan import Stages
 from sabrage.run.checkpoint import TENSORS
 from sabrage.run.folder import read_run
 from sabrage.run.log import read_log
@@ -120,6 +125,33 @@ def test_a_damaged_newest_checkpoint_costs_some_steps_and_nothing_else(
     assert "checkpoint step-00000012 is damaged and passed over" in capsys.readouterr().out
     assert [record["step"] for record in run.events("resume")] == [8]
     assert losses(run) == losses(whole)
+
+
+def with_dropout(recipe):
+    return override(recipe, "model.wiring.dropout=0.3")
+
+
+def with_gradients_that_wait(recipe):
+    matrices = OptimizerGroup(pattern=r"blocks\..*weight", optimizer=Muon(lr=0.02, every=2))
+    return replace(recipe, optim=(matrices, *recipe.optim))
+
+
+def with_stages(recipe):
+    lengths = Stages(values=(16, 64), starts=(0, 6))
+    return replace(recipe, plan=replace(recipe.plan, sequence_length=lengths))
+
+
+@pytest.mark.parametrize("change", [with_dropout, with_gradients_that_wait, with_stages])
+def test_whatever_the_rest_of_the_run_depends_on_is_in_the_checkpoint(tiny, run_recipe, change):
+    recipe = override(override(change(tiny), "budget.checkpoint_every=5"), "budget.keep_checkpoints=3")
+    _, whole = run_recipe(recipe)
+    for step in (10, 5):
+        for path in sorted((whole.path / "checkpoints").iterdir()):
+            if path.name > f"step-{step:08d}":
+                shutil.rmtree(path)
+        _, run = run_recipe(recipe, resume=True)
+        assert run.events("resume")[-1]["step"] == step
+        assert losses(run) == losses(whole)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_an_error_that_says_so(

@@ -168,4 +168,4 @@ def test_training_on_the_gpu_learns_and_neither_recompiles_nor_grows(on_gpu, ass
     losses.append(evaluator())
     assert losses[1] < losses[0] - 0.5
     assert counters["stats"]["unique_graphs"] == graphs
-    assert max(peaks[5:]) == min(peaks[5:])
+    assert max(peaks[20:]) <= max(peaks[:20])

@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+from sabrage.config import to_json
+from sabrage.train import recorder
 from sabrage.train.trackers import Service, Tracker, TrackerError, make_tracker
 
 
@@ -115,3 +117,20 @@ def test_tensorboard_gets_the_numbers(tmp_path):
         (1, 2.0),
         (2, 1.0),
     ]
+
+
+def test_a_run_gives_its_tracker_the_recipe_the_numbers_and_a_voice(tiny, run_recipe, monkeypatch, capsys):
+    made, service = [], Fake()
+
+    def make(name, folder, *, config, say):
+        made.append((name, folder.name, config))
+        say("the tracker speaks")
+        return Tracker(lambda: service, say=say)
+
+    monkeypatch.setattr(recorder, "make_tracker", make)
+    run_recipe(tiny)
+    assert made == [("none", "run", to_json(tiny))]
+    assert "the tracker speaks" in capsys.readouterr().out
+    assert [step for step, values in service.got if "validation/loss" in values] == [4, 8, 12]
+    assert [step for step, values in service.got if "train/loss" in values] == [2, 4, 6, 8, 10, 12]
+    assert service.closed
