@@ -362,6 +362,11 @@ def test_the_shrunken_copy_has_every_part_once():
     assert [type(mixer) for mixer in small.mixers] == [type(mixer) for mixer in pattern]
 
 
+def test_the_shrunken_copy_is_as_narrow_as_its_parts_allow():
+    for heads, dim in ((12, 192), (64, 384), (384, 768)):
+        assert shrink(replace(HONEST, dim=768, mixers=(MultiHead(heads=heads),))).dim == dim
+
+
 def test_a_backend_of_another_device_is_exchanged():
     cards_only = replace(HONEST, mixers=(MultiHead(heads=2, backend="cudnn"),))
     assert shrink(cards_only).mixers[0].backend == "sdpa"

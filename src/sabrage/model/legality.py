@@ -5,6 +5,7 @@ in eval mode, and the loss is the cross-entropy of softmax(logits_i) over the wh
 """
 
 import dataclasses
+import itertools
 import typing
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,7 +20,7 @@ from sabrage.model.lm import LM, ModelSpec, build_model
 from sabrage.parts import Precision
 from sabrage.run.device import probe
 
-SMALL_VOCABULARY = 512
+SMALL_WIDTH, SMALL_VOCABULARY = 64, 512
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,33 @@ class Legality:
 
 
 def quick(spec: ModelSpec, *, max_length: int, documents: bool = False) -> Legality:
-    """`examine` for a shrunken copy with random weights, in fp32 on the CPU: a few seconds.
+    """`examine` for a shrunken copy with random weights, in fp32 on the CPU: about a second.
 
     `max_length` is the longest row that the model is ever given. The random state is left as it was.
     """
-    model = scramble(build_model(shrink(spec), seed=0))
-    return examine(model, length=min(border_of(spec) + 8, max_length), documents=documents)
+    threads = torch.get_num_threads()
+    # So little work is done sooner by one thread, by far where others compute as well.
+    torch.set_num_threads(1)
+    try:
+        model = scramble(build_model(shrink(spec), seed=0))
+        return examine(model, length=min(border_of(spec) + 8, max_length), documents=documents)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def shrink(spec: ModelSpec) -> ModelSpec:
-    """The fewest layers, at least two, that hold one of every mixer and feed-forward; a small vocabulary.
+    """A narrow copy with few tokens and the fewest layers, at least two, that hold one of every part.
 
-    Whatever may be left to the device is decided for a CPU.
+    The width is a quarter, a half or all of the model's, the first that every part can be built at. Whatever
+    may be left to the device is decided for a CPU.
     """
     small = automatic(replace(spec, vocab_size=min(spec.vocab_size, SMALL_VOCABULARY)))
     # A part may insist on a format that a CPU lacks, and has a plain path without Triton all the same.
     small = resolve(small, replace(probe("cpu"), products="fp32", capability=(9, 0), triton=None))
     least = min(max(2, len(spec.mixers), len(spec.feedforwards)), spec.layers)
-    copies = (replace(small, layers=layers) for layers in range(least, spec.layers + 1))
+    widths = [*(spec.dim // part for part in (4, 2) if spec.dim // part >= SMALL_WIDTH), spec.dim]
+    sizes = itertools.product(widths, range(least, spec.layers + 1))
+    copies = (replace(small, dim=dim, layers=layers) for dim, layers in sizes)
     return next((copy for copy in copies if not copy.problems()), small)
 
 
