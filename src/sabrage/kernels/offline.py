@@ -192,9 +192,12 @@ def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) 
 def _linear_activation(capability: tuple[int, int]) -> list[Build]:
     forward = [("relu_squared", False), ("gelu", True)]
     return [
-        _product_build(capability, name + way, second=second)
-        for name, second in forward
-        for way in ("", "_back")
+        _product_build(capability, "norm", second=False),
+        *(
+            _product_build(capability, name + way, second=kept)
+            for name, kept in forward
+            for way in ("", "_back")
+        ),
     ]
 
 
