@@ -1,5 +1,6 @@
 import pytest
 import torch
+from contracts import shrink
 
 from sabrage.bench import nocap_mini, step
 from sabrage.bench.result import write_result
@@ -7,7 +8,6 @@ from sabrage.recipes import find
 from sabrage.report.tables import read_results, table
 from sabrage.run.device import probe
 from sabrage.run.folder import Run
-from contracts import shrink
 
 ENDED = {
     "steps": 272,

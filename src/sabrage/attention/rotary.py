@@ -5,7 +5,9 @@ y1 = x1 cos a + x2 sin a and y2 = -x1 sin a + x2 cos a, computed in fp32.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +39,9 @@ class RotaryTables(nn.Module):
 
     def __init__(self, part: Rotary, width: int) -> None:
         super().__init__()
-        frequency_K = part.base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angle_TK = torch.arange(part.max_length, dtype=torch.float64)[:, None] * frequency_K
-        self.register_buffer("cosine_TK", angle_TK.cos().float(), persistent=False)
-        self.register_buffer("sine_TK", angle_TK.sin().float(), persistent=False)
+        cosine_TK, sine_TK = tables(part.base, width, part.max_length)
+        self.register_buffer("cosine_TK", torch.from_numpy(cosine_TK), persistent=False)
+        self.register_buffer("sine_TK", torch.from_numpy(sine_TK), persistent=False)
 
     def forward(self, x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """The rotated heads, in the input's dtype; positions default to 0 .. T-1."""
@@ -58,3 +59,11 @@ class RotaryTables(nn.Module):
         first, second = x_BTHK.float().chunk(2, dim=-1)
         rotated = torch.cat((first * cosine + second * sine, second * cosine - first * sine), dim=-1)
         return rotated.to(x_BTHK.dtype)
+
+
+@cache
+def tables(base: float, width: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, (length, width / 2) fp32, computed once for all layers; not to be written to."""
+    frequency_K = base ** (-np.arange(0, width, 2) / width)
+    angle_TK = np.arange(length)[:, None] * frequency_K
+    return np.cos(angle_TK).astype(np.float32), np.sin(angle_TK).astype(np.float32)

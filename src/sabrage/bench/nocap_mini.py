@@ -29,6 +29,8 @@ COLUMNS: list[Column] = [
     {"key": "nocap_seconds", "title": "nocap s", "format": ".1f"},
     {"key": "wall_seconds", "title": "wall s", "format": ".1f"},
     {"key": "startup_seconds", "title": "wall - train s", "format": ".1f"},
+    {"key": "warmup_seconds", "title": "of it warm-up s", "format": ".1f"},
+    {"key": "validation_seconds", "title": "validation s", "format": ".1f"},
     {"key": "median_step_seconds", "title": "step s (median)", "format": ".4f"},
     {"key": "tokens_per_second", "title": "tokens/s", "format": ",.0f"},
     {"key": "mfu", "title": "MFU", "format": ".1%"},
