@@ -73,15 +73,15 @@ def measure(data: Path, out: Path, *, options: list[str], commit: str | None) ->
     cold = train(data, out / "cold", cache, *options)
     warm = train(data, out / "warm", cache, *options, "--steps", str(WARM_STEPS))
     shutil.rmtree(cache, ignore_errors=True)
+    rows = [row("cold", cold), row("warm", warm)]
     common: dict[str, Any] = {
         "device": cold.manifest["device"]["name"],
         "track": cold.manifest["track"],
         "recipe": "nocap-mini",
         "seeds": [cold.manifest["seed"]],
-        "clocks": "train, nocap and wall seconds, at the last validation",
+        "clocks": {name: rows[0][name] for name in ("train_seconds", "nocap_seconds", "wall_seconds")},
         "commit": commit,
     }
-    rows = [row("cold", cold), row("warm", warm)]
     write_result(out / "nocap-mini.json", name="nocap-mini", columns=COLUMNS, rows=rows, **common)
     curve = cold.events("validation")
     write_result(out / "nocap-mini-curve.json", name="nocap-mini-curve", columns=CURVE, rows=curve, **common)

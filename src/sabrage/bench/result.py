@@ -20,7 +20,7 @@ def write_result(
     track: str | None = None,
     recipe: str | None = None,
     seeds: list[int] | None = None,
-    clocks: str | None = None,
+    clocks: dict[str, float] | None = None,
     commit: str | None = None,
 ) -> Path:
     """Writes a result file that `sabrage.report.tables` turns into a table; returns its path.
