@@ -1,0 +1,50 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sabrage.cli import parse
+from sabrage.recipes import find
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_parts.sh"
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """The words of every python3 command that the script gives when all its stages run."""
+    stub = tmp_path / "python3"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/said\n')
+    stub.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", str(SCRIPT), "data", str(tmp_path / "out")],
+        check=True,
+        env=os.environ | {"PATH": path, "COMMIT": "abc"},
+        capture_output=True,
+    )
+    return [line.split() for line in (tmp_path / "said").read_text().splitlines()]
+
+
+def test_every_stage_gives_one_command(commands):
+    assert len(commands) == 6
+
+
+def test_the_studies_of_the_script_parse(commands):
+    studies = [words for words in commands if words[:2] == ["-m", "sabrage"]]
+    assert len(studies) == 3
+    for words in studies:
+        parse(words[2:])
+
+
+def test_the_recipes_of_the_script_exist(commands):
+    (steps,) = [words for words in commands if "sabrage.bench.step" in words]
+    names = steps[2 : steps.index("--out")]
+    assert len(names) > 10
+    assert all(find(name).name == name for name in names)
+    assert steps[-2:] == ["--commit", "abc"]
+
+
+def test_an_unknown_stage_fails(tmp_path):
+    done = subprocess.run(["bash", str(SCRIPT), "data", str(tmp_path), "nonsense"], capture_output=True)
+    assert done.returncode == 1
