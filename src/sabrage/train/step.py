@@ -1,6 +1,7 @@
 """One optimization step: micro-batches forward and backward, gradients averaged, parameters updated."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,7 @@ class TrainStep:
         return {} if self.learner.scaler is None else self.learner.scaler.readings()
 
 
+@cache
 def micro_rows(shape: torch.Size, micro_tokens: int) -> int:
     """Rows of a micro-batch: the largest divisor of the batch's rows that stays within `micro_tokens`."""
     rows, length = shape

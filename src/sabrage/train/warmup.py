@@ -12,6 +12,9 @@ from sabrage.parts import Batch, Knobs
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.session import Session
 from sabrage.train.step import TrainStep, micro_rows
+from sabrage.train.world import World
+
+SMALLER = "use a smaller model (--set model.layers=..., model.dim=...) or a shorter"
 
 
 def warm_up(
@@ -25,59 +28,106 @@ def warm_up(
 ) -> int:
     """Runs every stage's shapes, and the evaluation graph; returns the micro-batch tokens that fit.
 
-    When the device runs out of memory the micro-batch is halved, with a message, until a step fits.
+    When a device runs out of memory the micro-batch is halved on all of them, with a message, and every
+    stage is run again. Raises ValueError where a single row does not fit.
     """
     before = {name: tensor.clone() for name, tensor in session.tensors().items()}
     values = session.values()
-    device, size = step.world.device, step.world.size
-    seen = set()
+    shapes: dict[tuple[int, int], Knobs] = {}
     for knobs in stages:
-        rows, length = knobs.tokens_per_step // knobs.sequence_length // size, knobs.sequence_length
-        if (rows, length) in seen:
-            continue
-        seen.add((rows, length))
-        while not fits(step, rows, knobs, vocab_size=vocab_size):
-            if step.micro_tokens <= length:
-                raise ValueError(
-                    f"one row of {length:,} tokens does not fit into this device's memory; use a smaller "
-                    "model (--set model.layers=..., model.dim=...) or a shorter plan.sequence_length"
-                )
-            step.micro_tokens = max(step.micro_tokens // 2, length)
-            step.optimizers.zero_grad()
-            say(
-                f"out of memory; going on with {step.micro_tokens // length} rows a micro-batch "
-                f"(to start there next time: --set runtime.micro_batch={step.micro_tokens // length})"
-            )
+        shapes.setdefault((knobs.tokens_per_step, knobs.sequence_length), knobs)
+    longest = max(length for _, length in shapes)
+    while large := next((knobs for knobs in shapes.values() if not fits(step, knobs, vocab_size)), None):
+        halve(step, large, longest=longest, say=say)
     if evaluator is not None:
         evaluator.batch_rows = max(min(evaluator.batch_rows, step.micro_tokens // evaluator.length), 1)
-        with torch.no_grad():
-            tokens_BT, targets_BT = next(evaluator.batches())
-            evaluator.model.eval()
-            evaluator.score(tokens_BT, targets_BT)
-            evaluator.model.train()
+        while not scores(evaluator):
+            if evaluator.batch_rows == 1:
+                raise ValueError(
+                    f"scoring one row of {evaluator.length:,} tokens does not fit into this device's memory; "
+                    f"{SMALLER} budget.evaluation_length"
+                )
+            evaluator.batch_rows //= 2
+            say(f"out of memory in validation; going on with {evaluator.batch_rows} rows at a time")
     session.load(before, values)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if step.world.device.type == "cuda":
+        torch.cuda.synchronize(step.world.device)
     return step.micro_tokens
 
 
-def fits(step: TrainStep, rows: int, knobs: Knobs, *, vocab_size: int) -> bool:
-    """Runs micro-batches and updates as in a step of that many rows; False when memory runs out.
+def rows_of(step: TrainStep, knobs: Knobs) -> tuple[int, int]:
+    """Rows of this process's share of a step, and of its micro-batches."""
+    rows = knobs.tokens_per_step // knobs.sequence_length // step.world.size
+    return rows, micro_rows(torch.Size((rows, knobs.sequence_length)), step.micro_tokens)
+
+
+def halve(step: TrainStep, knobs: Knobs, *, longest: int, say: Callable[[str], None]) -> None:
+    """Makes micro-batches of this stage at most half as large. Raises ValueError when they are one row."""
+    length = knobs.sequence_length
+    _, micro = rows_of(step, knobs)
+    if micro == 1:
+        raise ValueError(
+            f"one row of {length:,} tokens does not fit into this device's memory; "
+            f"{SMALLER} plan.sequence_length"
+        )
+    step.micro_tokens = micro // 2 * length
+    # The rows of a step may have no such divisor.
+    _, micro = rows_of(step, knobs)
+    step.micro_tokens = micro * length
+    step.optimizers.zero_grad()
+    # The recipe counts rows of its longest sequences.
+    setting = max(step.micro_tokens // longest, 1)
+    say(
+        f"out of memory; going on with {micro} rows of {length:,} tokens a micro-batch "
+        f"(to start there next time: --set runtime.micro_batch={setting})"
+    )
+
+
+def fits(step: TrainStep, knobs: Knobs, vocab_size: int) -> bool:
+    """Runs micro-batches and updates as in a step of these knobs; False where memory runs out on any process.
 
     Two micro-batches show all: gradients appear in the first and are added to in the second. Updates are
     repeated until every optimizer has had its turn.
     """
-    length, device = knobs.sequence_length, step.world.device
-    micro = micro_rows(torch.Size((rows, length)), step.micro_tokens)
-    tokens_BT = torch.randint(vocab_size, (min(rows, 2 * micro), length), device=device)
+    rows, micro = rows_of(step, knobs)
+    shape = (min(rows, 2 * micro), knobs.sequence_length)
     members = step.optimizers.members
     rounds = 1 + max(next(n for n in range(1000) if member.part.due(knobs.step + n)) for member in members)
-    try:
+
+    def trial() -> None:
+        tokens_BT = torch.randint(vocab_size, shape, device=step.world.device)
         for offset in range(rounds):
             step(Batch(tokens_BT, tokens_BT.roll(-1, 1)), replace(knobs, step=knobs.step + offset))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+
+    world = step.world
+    # Alone, since a process that ran out of memory would not come to the collectives of the others.
+    step.world = replace(world, size=1)
+    try:
+        return enough_memory(trial, world)
+    finally:
+        step.world = world
+
+
+@torch.no_grad()
+def scores(evaluator: Evaluator) -> bool:
+    """Runs the evaluation graph; False where memory runs out on any process."""
+    evaluator.model.eval()
+    try:
+        return enough_memory(lambda: evaluator.score(*next(evaluator.batches())), evaluator.world)
+    finally:
+        evaluator.model.train()
+
+
+def enough_memory(trial: Callable[[], object], world: World) -> bool:
+    """Whether every process has the memory for `trial`, which must hold no collective."""
+    try:
+        trial()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        short = False
     except torch.cuda.OutOfMemoryError:
+        short = True
+    # Only here does nothing hold on to the frames of the trial.
+    if short and world.device.type == "cuda":
         torch.cuda.empty_cache()
-        return False
-    return True
+    return not world.any(short)
