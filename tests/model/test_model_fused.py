@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sabrage.config import ConfigError, resolve
+from sabrage.config import ConfigError, override, resolve
 from sabrage.feedforward.fused_mlp import FusedMlp
 from sabrage.feedforward.mlp import Mlp
+from sabrage.generate.text import load_model
 from sabrage.model.ends import LinearHead
 from sabrage.model.fused_head import FusedHead
 from sabrage.model.lm import LM, build_model
@@ -16,6 +17,7 @@ from sabrage.wiring.residual import Residual
 
 CPU = DeviceFacts(kind="cpu", name="a processor", memory=0)
 AMPERE = DeviceFacts(kind="cuda", name="a card", memory=0, capability=(8, 6), triton="3.6.0")
+ADA = replace(AMPERE, capability=(8, 9))
 
 
 def small(**changes):
@@ -82,14 +84,52 @@ def test_auto_takes_the_kernel_where_it_can_run_and_the_plain_path_elsewhere():
     assert resolve(spec, AMPERE).head.backend == resolve(spec, AMPERE).wiring.backend == "triton"
 
 
-def test_a_named_kernel_that_cannot_run_is_refused():
+@pytest.mark.parametrize(("field", "plain", "kind"), FUSED)
+def test_a_named_kernel_that_cannot_run_is_refused(field, plain, kind):
+    _, spec = pair(field, plain, kind, "triton")
+    recipe = replace(find("base"), model=spec)
     with pytest.raises(ConfigError, match="backend 'triton' needs an NVIDIA card"):
-        resolve(small(wiring=FusedResidual(backend="triton")), CPU)
+        resolve(recipe, CPU).validate(CPU)
+    assert recipe.refusals(AMPERE) == []
 
 
-def test_an_fp8_head_is_refused_below_capability_8_9():
-    with pytest.raises(ConfigError, match=r"needs compute capability 8\.9"):
-        resolve(small(head=FusedHead(fp8=True)), AMPERE)
+@pytest.mark.parametrize("facts", [CPU, AMPERE, replace(ADA, triton=None)])
+def test_an_fp8_head_is_refused_where_its_product_cannot_be_fp8(facts):
+    recipe = replace(find("base"), model=small(head=FusedHead(fp8=True)))
+    with pytest.raises(ConfigError, match=r"needs compute capability 8\.9 and its Triton kernel"):
+        resolve(recipe, facts).validate(facts)
+    assert recipe.refusals(ADA) == []
+    plain = override(recipe, "model.head.backend=plain")
+    assert any("with backend 'plain'" in line for line in plain.refusals(ADA))
+
+
+def test_refusals_of_several_parts_are_told_at_once():
+    recipe = replace(
+        find("base"), model=small(head=FusedHead(fp8=True), wiring=FusedResidual(backend="triton"))
+    )
+    with pytest.raises(ConfigError, match=r"backend .triton. needs(.|\n)*an FP8 head needs"):
+        resolve(recipe, CPU).validate(CPU)
+
+
+def test_a_model_trained_with_kernels_loads_where_there_are_none_and_computes_the_same(
+    tiny, run_recipe, tmp_path
+):
+    plain = replace(tiny.model, feedforwards=(Mlp(activation="relu_squared"),))
+    run_recipe(replace(tiny, model=plain))
+    fused = replace(
+        tiny.model,
+        feedforwards=(FusedMlp(backend="triton"),),
+        wiring=FusedResidual(mixer_scale="depth", backend="triton"),
+        head=FusedHead(fp8=True, backend="triton"),
+    )
+    checkpoints, cpu = tmp_path / "run" / "checkpoints", torch.device("cpu")
+    tokens_BT = torch.arange(20)[None]
+    found, expected = (
+        load_model(replace(tiny, model=spec), checkpoints, device=cpu, warn=pytest.fail)
+        for spec in (fused, plain)
+    )
+    with torch.no_grad():
+        assert torch.equal(found.logits(tokens_BT), expected.logits(tokens_BT))
 
 
 def test_the_soft_cap_bounds_the_logits():

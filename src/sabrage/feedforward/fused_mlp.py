@@ -6,7 +6,7 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from sabrage.feedforward.mlp import Mlp, Perceptron
-from sabrage.kernels.backend import KernelBackend, choose_kernel
+from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.linear_activation import perceptron, perceptron_reference
 from sabrage.parts import FeedForward
 from sabrage.run.device import DeviceFacts
@@ -27,6 +27,9 @@ class FusedMlp(FeedForward):
     def plain(self) -> Mlp:
         """The part whose work this one does."""
         return Mlp(expansion=self.expansion, activation=self.activation, zero_init=self.zero_init)
+
+    def refusal(self, facts: DeviceFacts) -> str | None:
+        return kernel_refusal(self.backend, facts)
 
     def resolve(self, facts: DeviceFacts) -> Self:
         return replace(self, backend=choose_kernel(self.backend, facts))

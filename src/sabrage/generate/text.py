@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from sabrage.config import resolve
+from sabrage.config import resolve, walk
 from sabrage.generate.cache import DenseCache
 from sabrage.generate.sampling import Sampling, draw
+from sabrage.model.legality import automatic
 from sabrage.model.lm import LM, build_model
 from sabrage.parts import Context, Tokenizer
 from sabrage.recipe import Recipe
@@ -17,13 +18,19 @@ from sabrage.run.device import probe
 
 
 def load_model(recipe: Recipe, checkpoints: Path, *, device: torch.device, warn: Callable[[str], None]) -> LM:
-    """The model of the newest good checkpoint, fp32, ready to be used. Raises CheckpointError."""
+    """The model of the newest good checkpoint, fp32, ready to be used. Raises CheckpointError.
+
+    Backends that this device lacks, since the run trained on another one, give way to what it has.
+    """
     saved = checkpoint.load_newest(checkpoints, warn=warn)
     if saved is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {checkpoints}; train the run to its end first")
     prefix = "learner/model."
     weights = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
-    spec = resolve(recipe.model, probe(device))
+    spec, facts = recipe.model, probe(device)
+    if any(part.refusal(facts) for _, part in walk(spec)):
+        spec = automatic(spec)
+    spec = resolve(spec, facts)
     model = build_model(spec, seed=recipe.budget.seed)
     missing = model.load_state_dict(weights, strict=False)
     tied = {"head.weight"} if spec.head.tied else set()

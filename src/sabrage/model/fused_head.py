@@ -9,8 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from sabrage.config import ConfigError
-from sabrage.kernels.backend import KernelBackend, choose_kernel
+from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
 from sabrage.model.ends import Projection
 from sabrage.parts import Head
@@ -34,11 +33,15 @@ class FusedHead(Head):
             return [f"softcap={self.softcap} must be above 0, or none"]
         return []
 
-    def resolve(self, facts: DeviceFacts) -> Self:
-        if self.fp8 and not facts.has_fp8:
-            raise ConfigError(
-                f"an FP8 head needs compute capability 8.9 and this is {facts.name}; set model.head.fp8=false"
+    def refusal(self, facts: DeviceFacts) -> str | None:
+        if self.fp8 and not (facts.has_fp8 and choose_kernel(self.backend, facts) == "triton"):
+            return (
+                f"an FP8 head needs compute capability 8.9 and its Triton kernel, and this is {facts.name} "
+                f"with backend {self.backend!r}; set model.head.fp8=false"
             )
+        return kernel_refusal(self.backend, facts)
+
+    def resolve(self, facts: DeviceFacts) -> Self:
         return replace(self, backend=choose_kernel(self.backend, facts))
 
     def build(self, *, dim: int, vocab_size: int) -> nn.Module:

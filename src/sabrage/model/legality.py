@@ -75,8 +75,7 @@ def shrink(spec: ModelSpec) -> ModelSpec:
     may be left to the device is decided for a CPU.
     """
     small = automatic(replace(spec, vocab_size=min(spec.vocab_size, SMALL_VOCABULARY)))
-    # A part may insist on a format that a CPU lacks, and has a plain path without Triton all the same.
-    small = resolve(small, replace(probe("cpu"), products="fp32", capability=(9, 0), triton=None))
+    small = resolve(small, replace(probe("cpu"), products="fp32"))
     least = min(max(2, len(spec.mixers), len(spec.feedforwards)), spec.layers)
     widths = [*(spec.dim // part for part in (4, 2) if spec.dim // part >= SMALL_WIDTH), spec.dim]
     sizes = itertools.product(widths, range(least, spec.layers + 1))

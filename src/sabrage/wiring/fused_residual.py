@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from sabrage.kernels.backend import KernelBackend, choose_kernel
+from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.residual_norm import residual_norm, residual_norm_reference
 from sabrage.norms import rms_norm
 from sabrage.parts import Context, Wiring
@@ -34,6 +34,9 @@ class FusedResidual(Wiring):
     def plain(self) -> Residual:
         """The part whose work this one does."""
         return Residual(mixer_scale=self.mixer_scale, eps=self.eps, dropout=self.dropout)
+
+    def refusal(self, facts: DeviceFacts) -> str | None:
+        return kernel_refusal(self.backend, facts)
 
     def resolve(self, facts: DeviceFacts) -> Self:
         return replace(self, backend=choose_kernel(self.backend, facts))
