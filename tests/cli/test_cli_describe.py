@@ -4,8 +4,10 @@ import pytest
 
 from sabrage.cli import main
 from sabrage.cli.choose import changed
+from sabrage.cli.describe import needs
 from sabrage.config import from_json, override
 from sabrage.recipes import RECIPES
+from sabrage.run.device import DeviceFacts
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +64,13 @@ def test_doctor_has_a_verdict_for_every_recipe(capsys, monkeypatch, tmp_path):
         assert any(f"│ {answer} " in row for answer in ("runs", "runs slower", "cannot")), row
     (nocap,) = [line for line in lines if "│ nocap " in line]
     assert "sabrage data fineweb" in nocap or "free" in nocap
+
+
+def test_doctor_counts_what_any_part_refuses_not_the_precision_alone():
+    cpu = DeviceFacts(kind="cpu", name="a processor", memory=0)
+    recipe = override(RECIPES["demo"], "model.mixers.0.backend=flash")
+    assert "attention backend 'flash' needs a CUDA device" in needs(recipe, cpu).refusal
+    both = needs(override(recipe, "precision=Tf32"), cpu).refusal
+    assert "attention backend" in both
+    assert "TF32 needs a GPU" in both
+    assert needs(RECIPES["demo"], cpu).refusal is None

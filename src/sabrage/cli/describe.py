@@ -132,6 +132,6 @@ def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
         num_parameters=num_parameters(recipe.model),
         smallest_memory=memory_estimate(recipe.model, length, wide=wide),
         default_memory=memory_estimate(recipe.model, micro_batch_tokens(recipe, facts, size=1), wide=wide),
-        refusal=recipe.precision.refusal(facts),
+        refusal="; ".join(recipe.refusals(facts)) or None,
         missing_data=missing,
     )
