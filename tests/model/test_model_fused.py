@@ -10,6 +10,8 @@ from sabrage.generate.text import load_model
 from sabrage.model.ends import LinearHead
 from sabrage.model.fused_head import FusedHead
 from sabrage.model.lm import LM, build_model
+from sabrage.precision.fp8 import Fp8
+from sabrage.precision.fp16 import Fp16
 from sabrage.recipes import find
 from sabrage.run.device import DeviceFacts
 from sabrage.wiring.fused_residual import FusedResidual
@@ -160,3 +162,16 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean(kind):
 def test_a_dropout_of_one_is_refused():
     assert Residual(dropout=1.0).problems()
     assert FusedResidual(dropout=1.0).problems()
+
+
+@pytest.mark.parametrize(
+    ("part", "pattern"),
+    [({"head": FusedHead()}, "head$"), ({"feedforwards": (FusedMlp(),)}, r"feedforward\.(up|down)$")],
+    ids=["head", "feedforward"],
+)
+@pytest.mark.parametrize("make", [lambda p: Fp8(products=(p,)), lambda p: Fp16(fp16_accumulation=(p,))])
+def test_a_product_that_a_fused_part_makes_itself_cannot_be_replaced(part, pattern, make):
+    precision, cpu = make(pattern), torch.device("cpu")
+    precision.prepare(build_model(small(), seed=0), cpu)
+    with pytest.raises(ConfigError, match="matches no layer that can take another product"):
+        precision.prepare(build_model(small(**part), seed=0), cpu)

@@ -46,6 +46,7 @@ class FusedPerceptron(Perceptron):
 
     def __init__(self, part: FusedMlp, *, dim: int) -> None:
         super().__init__(part.plain(), dim=dim)
+        self.up.replaceable = self.down.replaceable = False
         self.compute = perceptron if part.backend == "triton" else perceptron_reference
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class FusedHead(Head):
 
 
 class FusedProjection(Projection):
-    """The module of `FusedHead`."""
+    """The module of `FusedHead`; its loss reads the weight itself."""
+
+    replaceable = False
 
     def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
         super().__init__(dim=dim, vocab_size=vocab_size)
