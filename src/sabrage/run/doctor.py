@@ -48,7 +48,7 @@ class Examination:
 class Needs:
     """What a recipe asks for: memory in bytes at the smallest and at its own micro-batch.
 
-    `refusal` says what the device lacks and `missing_data` what the data source misses, None where all is well.
+    `refusal` says what the device lacks and `missing_data` which data, None where all is well.
     """
 
     name: str
