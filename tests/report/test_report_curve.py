@@ -46,7 +46,8 @@ def test_log_ticks_thin_out_over_many_decades():
 
 
 def test_tick_numbers_are_short():
-    assert [label(4000.0), label(0.30000000000000004), label(3.25)] == ["4,000", "0.3", "3.25"]
+    numbers = (4000.0, 50_000, 2.5e6, 1e9, 0.30000000000000004, 3.25)
+    assert [label(number) for number in numbers] == ["4,000", "50k", "2.5M", "1B", "0.3", "3.25"]
 
 
 def test_an_axis_maps_its_ends_and_middle():
@@ -73,35 +74,66 @@ def test_without_points_a_sentence_stands_in():
 
 def test_a_loss_that_is_not_finite_leaves_a_gap():
     points = [(0, 5.0), (1, 4.0), (2, math.nan), (3, math.inf), (4, 3.0), (5, 2.0)]
-    path = re.search(r'<path class="line-0" d="([^"]+)"', draw([Series("train", points)], **LABELS))[1]
+    path = re.search(r'<path class="c0 line" d="([^"]+)"', draw([Series("train", points)], **LABELS))[1]
     assert (path.count("M"), path.count("L")) == (2, 2)
 
 
-def test_the_drawing_carries_the_values_to_point_at():
-    drawn = draw([Series("train", falling(3)), Series("validation", [(2, 5.125)], dots=True)], **LABELS)
-    shown = json.loads(ElementTree.fromstring(drawn).get("data-series"))
-    assert [one["name"] for one in shown] == ["train", "validation"]
-    assert shown[1]["points"] == [[2, 5.125]]
+def carried(drawn):
+    return json.loads(ElementTree.fromstring(drawn).get("data-chart"))
+
+
+def test_the_drawing_carries_what_the_page_draws_again():
+    lines = [
+        Series("train", [(0, 1.23456789), (1, math.nan)], run="r0", look="faint"),
+        Series("validation", [(2, 5.125)], run="r0", colour=9, look="dots"),
+    ]
+    assert carried(draw(lines, log_x=False, target=3.3, **LABELS)) == {
+        "x": "step", "y": "loss (nats per token)", "logX": False, "zero": False, "target": 3.3,
+        "lines": [["train", "r0", "c0 faint", [[0, 1.23457], [1, None]]],
+                  ["validation", "r0", "c1 dots dashed", [[2, 5.125]]]],
+    }  # fmt: skip
+
+
+def test_faint_lines_lie_behind_the_others():
+    lines = [Series("b", falling(3), look="dots"), Series("a", falling(3), look="faint")]
+    assert [line[0] for line in carried(draw(lines, **LABELS))["lines"]] == ["a", "b"]
+
+
+def test_a_drawing_from_zero_begins_at_zero():
+    texts = [element.text for element in ElementTree.fromstring(
+        draw([Series("speed", [(0, 505.0), (9, 506.0)])], from_zero=True, **LABELS)
+    ).iter("text")]  # fmt: skip
+    assert "0" in texts
+    assert "500" in texts
+
+
+def test_a_handful_of_points_is_drawn_whole():
+    path = re.search(r' d="M[\d.]+,([\d.]+)', draw([Series("race", [(60, 4.0), (80, 3.0)])], **LABELS))
+    assert float(path[1]) > 16
 
 
 def test_names_cannot_break_out_of_the_drawing():
     drawn = draw([Series("<script>'\"", falling(3))], x_label="a<b", y_label="c\"d'")
     assert "<script>" not in drawn
-    assert json.loads(ElementTree.fromstring(drawn).get("data-series"))[0]["name"] == "<script>'\""
+    assert carried(drawn)["lines"][0][0] == "<script>'\""
 
 
-def test_thinning_keeps_the_ends_and_the_extremes_and_bounds_the_size():
+@pytest.mark.parametrize("most", [16, 200, 1000])
+def test_thinning_keeps_the_ends_and_the_extremes_and_bounds_the_size(most):
     points = [(step, math.sin(step)) for step in range(100_000)]
     points[50_001] = (50_001, 99.0)
-    kept = thin(points, Axis(0, 100_000, 0, 500))
+    kept = thin(points, most)
     assert kept[0] == points[0]
     assert kept[-1] == points[-1]
     assert (50_001, 99.0) in kept
-    assert len(kept) <= 4 * 501
+    assert len(kept) <= most
     assert kept == sorted(kept)
 
 
-def test_a_line_keeps_its_colour_when_another_is_missing():
-    drawn = draw([Series("train", []), Series("validation", falling(3))], **LABELS)
-    assert 'class="line-1"' in drawn
-    assert 'class="line-0"' not in drawn
+def test_thinning_keeps_the_beginning_for_a_logarithmic_axis():
+    kept = thin([(step, 1 / step) for step in range(1, 100_001)], 400)
+    assert sum(x <= 100 for x, _ in kept) >= 20
+
+
+def test_few_points_are_not_thinned():
+    assert thin(falling(100), 100) == falling(100)

@@ -11,6 +11,7 @@ from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
 from sabrage.cli.evaluate import Eval
 from sabrage.cli.generate import Generate
+from sabrage.cli.report import Report, Watch
 from sabrage.cli.study import Study
 from sabrage.cli.train import Train
 
@@ -28,6 +29,8 @@ Command = (
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Watch, tyro.conf.subcommand("watch")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )

@@ -1,27 +1,42 @@
 """Line charts as inline SVG: round ticks, labelled axes with units, linear or logarithmic x.
 
-Colours come from the page's style sheet (classes `line-0`, `line-1`, ...), so that one drawing serves the
-light and the dark page. The numbers that a reader may point at travel with the drawing, in `data-` fields.
+The drawing stands on paper and without JavaScript. It carries its points in `data-chart`, from which the
+page's script draws it again at the reader's width, zoomed, with runs left out or with another axis. Colours
+come from the page's style sheet (classes `c0`, `c1`, ...), so that one drawing serves light and dark.
 """
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 860, 420
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 16, 48
+RIGHT, TOP, BOTTOM = 20, 16, 48
+CHARACTER = 7.2
+NUM_COLOURS = 8
+Look = Literal["line", "faint", "dots"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (x, y) in the axes' units, x rising; a y that is not finite leaves a gap."""
+    """One line: (x, y) in the axes' units, x rising; a y that is not finite leaves a gap.
+
+    `run` is what the page can leave out, `colour` a number from 0; a faint line lies behind the others.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
-    dots: bool = False
+    run: str = ""
+    colour: int = 0
+    look: Look = "line"
+
+    @property
+    def style(self) -> str:
+        """The classes of its marks: past the last colour the first ones come again, dashed."""
+        again = " dashed" if self.colour >= NUM_COLOURS else ""
+        return f"c{self.colour % NUM_COLOURS} {self.look}{again}"
 
 
 @dataclass(frozen=True)
@@ -63,58 +78,87 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A tick's number: 1,000 with its comma, 3.4 without trailing noise."""
+    """A tick's number: 4,000 with its comma, 50k, 20M and 1.5B, 3.4 without trailing noise."""
+    for most, divisor, suffix in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= most:
+            return f"{value / divisor:.10g}{suffix}"
     return f"{value:,.0f}" if value == int(value) else f"{value:.10g}"
 
 
 def draw(
-    series: Sequence[Series], *, x_label: str, y_label: str, log_x: bool = False, target: float | None = None
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    from_zero: bool = False,
+    target: float | None = None,
+    width: int = 860,
+    height: int = 420,
+    most: int = 1000,
 ) -> Markup:
-    """The chart as an `<svg>` element; `target` is a dashed horizontal line.
+    """The chart as an `<svg>` element; `target` is a dashed horizontal line, `most` the points of a line.
 
-    With linear x the first 4% of the range may lie above the frame, so that the rest can be read.
+    With linear x a run's first steps may lie above the frame, so that the rest can be read.
     """
-    drawn = {index: one for index, one in enumerate(series) if any(math.isfinite(y) for _, y in one.points)}
+    drawn = [one for one in series if any(math.isfinite(y) for _, y in one.points)]
     if not drawn:
         return Markup('<p class="empty">Nothing has been logged yet.</p>')
-    x_axis, y_axis = _axes(list(drawn.values()), log_x=log_x, target=target)
-    parts = [*_grid(x_axis, y_axis, x_label, y_label)]
+    x_axis, y_axis = _axes(drawn, width, height, log_x=log_x, from_zero=from_zero, target=target)
+    parts = _grid(x_axis, y_axis, x_label, y_label)
     if target is not None:
         level = f"{y_axis.place(target):.1f}"
-        parts.append(f'<line class="target" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level}" y2="{level}"/>')
-    # The inner svg clips what lies above the frame, and keeps the outer coordinates.
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    box = f'x="{LEFT}" y="{TOP}" width="{width}" height="{height}"'
-    parts.append(f'<svg {box} viewBox="{LEFT} {TOP} {width} {height}">')
-    shown = []
-    for index, one in drawn.items():
-        points = thin([(x, y) for x, y in one.points if x > 0 or not log_x], x_axis)
-        shown.append({"name": one.name, "points": [[x, _rounded(y)] for x, y in points]})
-        parts += _line(points, x_axis, y_axis, index=index, dots=one.dots)
-    parts.append("</svg>")
-    cursor = f'<line y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-    parts.append(f'<g class="cursor" visibility="hidden">{cursor}</g>')
-    scale = {"low": x_axis.low, "high": x_axis.high, "first": x_axis.first, "last": x_axis.last, "log": log_x}
-    name = escape(f"{y_label} against {x_label}")
-    data = f'data-x="{escape(json.dumps(scale))}" data-series="{escape(json.dumps(shown))}"'
-    opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" {data}>'
-    return Markup(opening + "".join(parts) + "</svg>")
+        parts.append(
+            f'<line class="target" x1="{x_axis.first}" x2="{x_axis.last}" y1="{level}" y2="{level}"/>'
+        )
+    # The inner svg clips what lies above the frame, and keeps the outer coordinates; dots at the sides stay.
+    box = f"{x_axis.first - 4} {TOP} {x_axis.last - x_axis.first + 8} {height - TOP - BOTTOM}"
+    x, y, inner_width, inner_height = box.split()
+    parts.append(f'<svg x="{x}" y="{y}" width="{inner_width}" height="{inner_height}" viewBox="{box}">')
+    lines = []
+    for one in sorted(drawn, key=lambda one: one.look != "faint"):
+        points = thin([(x, y) for x, y in one.points if x > 0 or not log_x], most)
+        parts += _line(points, x_axis, y_axis, one)
+        lines.append([one.name, one.run, one.style, [[_short(x), _short(y)] for x, y in points]])
+    carried = {"x": x_label, "y": y_label, "logX": log_x, "zero": from_zero, "target": target, "lines": lines}
+    opening = (
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(f"{y_label} against {x_label}")}" '
+        f'data-chart="{escape(json.dumps(carried, separators=(",", ":")))}">'
+    )
+    return Markup(opening + "".join(parts) + "</svg></svg>")
 
 
-def thin(points: Sequence[tuple[float, float]], axis: Axis) -> list[tuple[float, float]]:
-    """First, lowest, highest and last point of every pixel column: the same drawing from fewer points."""
-    columns: dict[int, list[tuple[float, float]]] = {}
-    for point in points:
-        columns.setdefault(int(axis.place(point[0])), []).append(point)
-    kept = []
-    for column in columns.values():
-        finite = [point for point in column if math.isfinite(point[1])] or column
-        ends = {column[0], column[-1], min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])}
-        kept += sorted(ends, key=lambda point: point[0])
-    return kept
+def thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` points, x rising, that look the same drawn with linear and with logarithmic x.
+
+    Of every column of a narrow drawing the first, lowest, highest and last point stay.
+    """
+    if len(points) <= most:
+        return list(points)
+    low, high = points[0][0], points[-1][0]
+    kept: set[tuple[float, float]] = set()
+    for log in (False, True):
+        # The last point has a column of its own, and the halves share the first and the last point.
+        axis = Axis(max(low, high / 1e6) if log else low, high, 0, most // 8 - 1, log)
+        columns: dict[int, list[tuple[float, float]]] = {}
+        for point in points:
+            columns.setdefault(int(axis.place(point[0])), []).append(point)
+        for column in columns.values():
+            finite = [point for point in column if math.isfinite(point[1])] or column
+            kept |= {column[0], column[-1], min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])}
+    return sorted(kept, key=lambda point: point[0])
 
 
-def _axes(series: Sequence[Series], *, log_x: bool, target: float | None) -> tuple[Axis, Axis]:
+def _axes(
+    series: Sequence[Series],
+    width: int,
+    height: int,
+    *,
+    log_x: bool,
+    from_zero: bool,
+    target: float | None,
+) -> tuple[Axis, Axis]:
     points = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     if log_x:
@@ -123,19 +167,25 @@ def _axes(series: Sequence[Series], *, log_x: bool, target: float | None) -> tup
     elif x_high <= x_low:
         x_high = x_low + 1
     settled = [y for x, y in points if log_x or x >= x_low + 0.04 * (x_high - x_low)]
-    heights = settled + ([] if target is None else [target])
+    # That is for curves which fall steeply at first, not for a handful of points.
+    heights = settled if len(settled) >= 0.9 * len(points) else [y for _, y in points]
+    heights = [*heights, *([] if target is None else [target]), *([0.0] if from_zero else [])]
     y_low, y_high = min(heights), max(heights)
-    margin = 0.05 * (y_high - y_low) or 0.5
-    y_low, y_high = y_low - margin, y_high + margin
-    ticks = log_ticks(x_low, x_high) if log_x else linear_ticks(x_low, x_high, count=8)
+    # A level line is no reason to draw its rounding errors.
+    margin = max(0.05 * (y_high - y_low), 1e-3 * abs(y_high)) or 0.5
+    y_low, y_high = y_low - (0 if from_zero else margin), y_high + margin
+    y_ticks = linear_ticks(y_low, y_high, count=height // 60)
+    left = round(30 + CHARACTER * max(len(label(tick)) for tick in y_ticks))
+    count = max(3, width // 110)
+    ticks = log_ticks(x_low, x_high) if log_x else linear_ticks(x_low, x_high, count=count)
     return (
-        Axis(x_low, x_high, LEFT, WIDTH - RIGHT, log_x, ticks),
-        Axis(y_low, y_high, HEIGHT - BOTTOM, TOP, ticks=linear_ticks(y_low, y_high)),
+        Axis(x_low, x_high, left, width - RIGHT, log_x, ticks),
+        Axis(y_low, y_high, height - BOTTOM, TOP, ticks=y_ticks),
     )
 
 
 def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[str]:
-    bottom, middle = HEIGHT - BOTTOM, (HEIGHT - BOTTOM + TOP) / 2
+    left, bottom, middle = x_axis.first, y_axis.first, (y_axis.first + y_axis.last) / 2
     parts = []
     for tick in x_axis.ticks:
         place = f"{x_axis.place(tick):.1f}"
@@ -143,11 +193,11 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[str]:
         parts.append(f'<text x="{place}" y="{bottom + 18}" text-anchor="middle">{label(tick)}</text>')
     for tick in y_axis.ticks:
         level = y_axis.place(tick)
-        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}"'
+        ends = f'x1="{left}" x2="{x_axis.last}" y1="{level:.1f}" y2="{level:.1f}"'
         parts.append(f'<line class="grid" {ends}/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{level + 4:.1f}" text-anchor="end">{label(tick)}</text>')
-    center = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{center}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<text x="{left - 8}" y="{level + 4:.1f}" text-anchor="end">{label(tick)}</text>')
+    center = (left + x_axis.last) / 2
+    parts.append(f'<text x="{center}" y="{bottom + 40}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
         f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
         f"{escape(y_label)}</text>"
@@ -155,23 +205,24 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[str]:
     return parts
 
 
-def _line(
-    points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis, *, index: int, dots: bool
-) -> list[str]:
+def _line(points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis, one: Series) -> list[str]:
     commands, pen = [], "M"
     circles = []
     for x, y in points:
         if not math.isfinite(y):
             pen = "M"
             continue
-        place = f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}"
-        commands.append(pen + place)
+        left, top = f"{x_axis.place(x):.1f}", f"{y_axis.place(y):.1f}"
+        commands.append(f"{pen}{left},{top}")
         pen = "L"
-        if dots:
-            left, top = place.split(",")
-            circles.append(f'<circle class="line-{index}" cx="{left}" cy="{top}" r="3"/>')
-    return [f'<path class="line-{index}" d="{"".join(commands)}"/>', *circles]
+        if one.look == "dots":
+            circles.append(f'<circle class="{one.style}" cx="{left}" cy="{top}" r="3"/>')
+    return [f'<path class="{one.style}" d="{"".join(commands)}"/>', *circles]
 
 
-def _rounded(value: float) -> float | str:
-    return round(value, 5) if math.isfinite(value) else str(value)
+def _short(value: float) -> float | None:
+    """Six figures, None for what is not finite: what a reader can point at."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.6g}")
+    return int(rounded) if rounded == int(rounded) else rounded

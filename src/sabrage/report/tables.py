@@ -59,14 +59,23 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Every result file by its name, each with all its fields. Raises ResultError."""
     results: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = [field for field in FIELDS if field not in result]
-        if missing:
-            raise ResultError(f"{path} lacks {', '.join(missing)}; write null where a field does not apply")
+        result = read_result(path)
         if result["name"] in results:
             raise ResultError(f"{path}: another result file is called {result['name']!r}; rename one")
         results[result["name"]] = result
     return results
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One result file. Raises ResultError when it is not one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultError(f"{path} is not a result file: {error}; give a JSON file of results/") from error
+    missing = [field for field in FIELDS if field not in result]
+    if missing:
+        raise ResultError(f"{path} lacks {', '.join(missing)}; write null where a field does not apply")
+    return result
 
 
 def _fill(text: str, results: dict[str, dict[str, Any]], document: Path) -> str:
@@ -85,6 +94,17 @@ def _fill(text: str, results: dict[str, dict[str, Any]], document: Path) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The markdown table of one result, with a line below it that says where the numbers come from."""
+    titles, numeric, rows = cells(result)
+    lines = [
+        _row(titles),
+        _row(["---:" if right else "---" for right in numeric]),
+        *map(_row, rows),
+    ]
+    return "\n".join(lines) + f"\n\n*{source(result)}*\n"
+
+
+def cells(result: dict[str, Any]) -> tuple[list[str], list[bool], list[list[str]]]:
+    """(titles, whether a column holds numbers, rows of texts) of a result's table."""
     columns = result["columns"]
     rows = [
         [_cell(row.get(column["key"]), column.get("format", "")) for column in columns]
@@ -94,12 +114,7 @@ def table(result: dict[str, Any]) -> str:
         all(isinstance(row.get(column["key"]), int | float | None) for row in result["rows"])
         for column in columns
     ]
-    lines = [
-        _row([column["title"] for column in columns]),
-        _row(["---:" if right else "---" for right in numeric]),
-        *map(_row, rows),
-    ]
-    return "\n".join(lines) + f"\n\n*{source(result)}*\n"
+    return [column["title"] for column in columns], numeric, rows
 
 
 def source(result: dict[str, Any]) -> str:
@@ -122,9 +137,8 @@ def source(result: dict[str, Any]) -> str:
 def _cell(value: Any, form: str) -> str:
     if value is None:
         return "-"
-    text = format(value, form) if not isinstance(value, str) else value
-    return text.replace("|", "\\|").replace("\n", " ")
+    return format(value, form) if not isinstance(value, str) else value
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _row(texts: list[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
