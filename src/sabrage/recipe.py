@@ -92,14 +92,12 @@ class Recipe(Part):
             found += self.misfits()
             longest = max(knobs.sequence_length for knobs in self.plan.stages())
             lengths |= {"plan.sequence_length": longest}
-        for path, limit in leaves(self.model, "model"):
-            if path.endswith(".max_length") and isinstance(limit, int):
-                found += [
-                    f"{name}={length} is more than {path}={limit}; use {path}={length} or more"
-                    for name, length in lengths.items()
-                    if length > limit
-                ]
-        return found
+        return found + [
+            f"{name}={length} is more than {path}={limit}; use {path}={length} or more"
+            for path, limit in self.model.max_lengths().items()
+            for name, length in lengths.items()
+            if length > limit
+        ]
 
     def misfits(self) -> list[str]:
         """Sentences about stages of the plan that the data's blocks cannot be cut into."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sabrage.cli import main
+from sabrage.config import override
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.generate.cache import DenseCache
 from sabrage.generate.sampling import Sampling, draw, probabilities
@@ -102,6 +103,19 @@ def test_tokens_are_yielded_as_soon_as_they_are_known(fresh):
 def test_a_prompt_without_tokens_is_refused(fresh):
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         next(generate(fresh, [], max_tokens=1, sampling=GREEDY))
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens", "allowed"), [(5, 9, 8), (13, 1, 0), (30, 1, 0)])
+def test_more_tokens_than_there_are_positions_are_refused_before_the_first(tiny, prompt, max_tokens, allowed):
+    model = build_model(override(tiny.model, "mixers.0.rotary.max_length=12"), seed=1).eval()
+    tokens = generate(model, [65] * prompt, max_tokens=max_tokens, sampling=GREEDY)
+    with pytest.raises(ValueError, match=rf"allowed: {allowed} after a prompt .*rotary\.max_length=12"):
+        next(tokens)
+
+
+def test_every_position_that_there_is_can_be_used(tiny):
+    model = build_model(override(tiny.model, "mixers.0.rotary.max_length=12"), seed=1).eval()
+    assert len(list(generate(model, [65] * 5, max_tokens=8, sampling=GREEDY))) == 8
 
 
 def test_the_cache_holds_what_the_streams_declare_and_refuses_more(tiny):

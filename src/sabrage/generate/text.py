@@ -54,6 +54,14 @@ def generate(
         raise ValueError("the prompt has no tokens; give at least one, such as end-of-text")
     if max_tokens < 1:
         raise ValueError(f"got max_tokens={max_tokens}, allowed: 1 or more")
+    for path, limit in model.spec.max_lengths().items():
+        # The last new token is never read.
+        room = max(limit + 1 - len(prompt), 0)
+        if max_tokens > room:
+            raise ValueError(
+                f"got max_tokens={max_tokens}, allowed: {room} after a prompt of {len(prompt)} tokens, since "
+                f"{path}={limit}; ask for fewer, or shorten the prompt"
+            )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     cache = DenseCache(model.spec, batch=1, capacity=len(prompt) + max_tokens, device=device)

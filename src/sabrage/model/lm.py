@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sabrage.config import Part, walk
+from sabrage.config import Part, leaves, walk
 from sabrage.parts import Context, Embedding, FeedForward, Head, Mixer, Wiring
 
 
@@ -58,6 +58,11 @@ class ModelSpec(Part):
             except ValueError as error:
                 found.append(f"model.{name}: {error}")
         return found
+
+    def max_lengths(self) -> dict[str, int]:
+        """Tokens of the longest sequence that a part can take, by the dotted path of the field that says so."""
+        found = leaves(self, "model")
+        return {path: n for path, n in found if path.endswith(".max_length") and isinstance(n, int)}
 
     def mixer(self, layer: int) -> Mixer:
         return self.mixers[layer % len(self.mixers)]
