@@ -60,7 +60,7 @@ class ModelSpec(Part):
         return found
 
     def max_lengths(self) -> dict[str, int]:
-        """Tokens of the longest sequence that a part can take, by the dotted path of the field that says so."""
+        """Tokens of the longest sequence that parts can take, by the dotted paths of the fields."""
         found = leaves(self, "model")
         return {path: n for path, n in found if path.endswith(".max_length") and isinstance(n, int)}
 
