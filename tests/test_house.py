@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sabrage.cli import parse
-from sabrage.cli.choose import changed
 from sabrage.cli.describe import Show
 from sabrage.cli.train import Train
+from sabrage.recipes import changed
 from sabrage.report.tables import stale_documents
 
 ROOT = Path(__file__).parents[1]

@@ -3,10 +3,9 @@ import json
 import pytest
 
 from sabrage.cli import main
-from sabrage.cli.choose import changed
 from sabrage.cli.describe import needs
 from sabrage.config import from_json, override
-from sabrage.recipes import RECIPES
+from sabrage.recipes import RECIPES, changed
 from sabrage.run.device import DeviceFacts
 
 

@@ -74,8 +74,9 @@ class Check:
 
     def recipe(self) -> "Recipe":
         """The recipe in question. Raises ConfigError."""
-        from sabrage.cli.choose import changed, recipe_of_run
+        from sabrage.cli.choose import recipe_of_run
         from sabrage.config import ConfigError
+        from sabrage.recipes import changed
 
         if not self.is_run:
             return changed(self.subject, self.set).validate()

@@ -1,30 +1,16 @@
-"""From what the user typed to a recipe: names, changes and the recipe of an earlier run."""
+"""From what the user typed to a recipe: devices, data, tokenizers and the recipe of an earlier run."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sabrage.config import ConfigError, from_json, leaves, override
+from sabrage.config import ConfigError, from_json, leaves
 from sabrage.model.lm import LM
 from sabrage.parts import Tokenizer
 from sabrage.recipe import Recipe
-from sabrage.recipes import find
 from sabrage.run.device import choose_device
 from sabrage.run.folder import RunFolder, read_run
-
-
-def changed(
-    name: str, assignments: Sequence[str], *, seed: int | None = None, steps: int | None = None
-) -> Recipe:
-    """The recipe of that name with changes applied in order, the shortcuts last. Raises ConfigError."""
-    recipe = find(name)
-    shortcuts = {"budget.seed": seed, "plan.steps": steps}
-    given = [f"{path}={value}" for path, value in shortcuts.items() if value is not None]
-    for assignment in [*assignments, *given]:
-        recipe = override(recipe, assignment)
-    return recipe
 
 
 def named_device(name: str) -> torch.device:

@@ -56,8 +56,8 @@ class Show:
     """Print the recipe as JSON and nothing else."""
 
     def run(self) -> int:
-        from sabrage.cli.choose import changed
         from sabrage.config import leaves, to_json
+        from sabrage.recipes import changed
 
         recipe = changed(self.recipe, self.set)
         if self.json:

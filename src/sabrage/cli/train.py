@@ -84,8 +84,9 @@ class Train:
 
     def prepare(self, *, leads: bool) -> tuple["Recipe", "RunFolder"]:
         """The recipe with its changes, and the folder of the run."""
-        from sabrage.cli.choose import changed, newest_run, recipe_of_run
+        from sabrage.cli.choose import newest_run, recipe_of_run
         from sabrage.config import ConfigError
+        from sabrage.recipes import changed
         from sabrage.run.folder import RunFolder
 
         if self.resume:
@@ -98,7 +99,9 @@ class Train:
             if recipe.name != self.recipe:
                 raise ConfigError(f"{folder.path} is a run of {recipe.name!r}, not of {self.recipe!r}")
         else:
-            recipe = changed(self.recipe, self.set, seed=self.seed, steps=self.steps).validate()
+            shortcuts = {"budget.seed": self.seed, "plan.steps": self.steps}
+            given = [f"{path}={value}" for path, value in shortcuts.items() if value is not None]
+            recipe = changed(self.recipe, [*self.set, *given]).validate()
             folder = self.new_folder(recipe.name, leads=leads)
         if self.target is not None:
             recipe = replace(recipe, budget=replace(recipe.budget, target=self.target))

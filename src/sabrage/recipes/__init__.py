@@ -1,6 +1,8 @@
 """The recipes, by name: the only room that names concrete parts."""
 
-from sabrage.config import ConfigError, nearest
+from collections.abc import Iterable
+
+from sabrage.config import ConfigError, nearest, override
 from sabrage.recipe import Recipe
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
@@ -21,3 +23,11 @@ def find(name: str) -> Recipe:
             + ", ".join(RECIPES)
         )
     return RECIPES[name]
+
+
+def changed(name: str, assignments: Iterable[str]) -> Recipe:
+    """The recipe of that name with changes such as "model.layers=6" applied in order. Raises ConfigError."""
+    recipe = find(name)
+    for assignment in assignments:
+        recipe = override(recipe, assignment)
+    return recipe

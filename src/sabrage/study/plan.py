@@ -17,7 +17,7 @@ from sabrage.config import ConfigError, Part, override, to_json
 from sabrage.model.lm import LM
 from sabrage.optim.groups import assign
 from sabrage.recipe import Recipe
-from sabrage.recipes import find
+from sabrage.recipes import changed
 from sabrage.train.step import Learner
 
 
@@ -35,10 +35,7 @@ class Variant(Part):
 
     def make(self) -> Recipe:
         """The recipe itself. Raises ConfigError for what is unknown or cannot run."""
-        recipe = find(self.recipe)
-        for assignment in self.sets:
-            recipe = override(recipe, assignment)
-        return recipe.validate()
+        return changed(self.recipe, self.sets).validate()
 
     def become(self, wanted: Recipe) -> Self:
         """This variant with the assignments added that make it `wanted`."""
