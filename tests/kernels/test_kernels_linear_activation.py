@@ -31,8 +31,8 @@ def test_one_tensor_of_the_hidden_width_is_kept_for_the_backward_pass(
 @pytest.mark.parametrize("activation", ["relu_squared", "gelu"])
 def test_without_gradients_the_result_is_the_same(activation: Activation) -> None:
     with torch.no_grad():
-        (alone,) = perceptron(*leaves(), activation=activation)
-    assert torch.equal(alone, perceptron(*leaves(), activation=activation)[0])
+        alone = perceptron(*leaves(), activation=activation)
+    assert torch.equal(alone, perceptron(*leaves(), activation=activation))
 
 
 @interpreted
@@ -41,7 +41,7 @@ def test_a_unit_that_is_off_passes_no_gradient_back() -> None:
     with torch.no_grad():
         up[:] = -up.abs()
         x[:] = x.abs()
-    (y,) = perceptron(x, up, down)
+    y = perceptron(x, up, down)
     y.sum().backward()
     assert not y.any()
     assert not x.grad.any()
@@ -50,15 +50,15 @@ def test_a_unit_that_is_off_passes_no_gradient_back() -> None:
 @interpreted
 def test_batches_of_sequences_are_taken_as_they_are() -> None:
     x, up, down = leaves()
-    (shaped,) = perceptron(x.view(4, 5, 32), up, down)
-    assert torch.equal(shaped.view(20, 32), perceptron(x, up, down)[0])
+    shaped = perceptron(x.view(4, 5, 32), up, down)
+    assert torch.equal(shaped.view(20, 32), perceptron(x, up, down))
 
 
 @interpreted
 def test_autocast_decides_the_products_and_gradients_keep_their_dtype() -> None:
     tensors = leaves()
     with torch.autocast("cpu", dtype=torch.float16):
-        (y,) = perceptron(*tensors)
+        y = perceptron(*tensors)
     assert y.dtype == torch.float16
     y.sum().backward()
     assert {tensor.grad.dtype for tensor in tensors} == {torch.float32}
@@ -68,8 +68,8 @@ def test_autocast_decides_the_products_and_gradients_keep_their_dtype() -> None:
 def test_the_polynomial_gelu_is_the_exact_one_to_a_ten_millionth() -> None:
     z = torch.linspace(-8, 8, 512)[:, None]
     wide, one = z.repeat(1, 16) / 16, torch.eye(16)[:1]
-    (found,) = perceptron(wide, torch.ones(1, 16), one.t().contiguous(), activation="gelu")
-    (wanted,) = perceptron_reference(wide, torch.ones(1, 16), one.t().contiguous(), activation="gelu")
+    found = perceptron(wide, torch.ones(1, 16), one.t().contiguous(), activation="gelu")
+    wanted = perceptron_reference(wide, torch.ones(1, 16), one.t().contiguous(), activation="gelu")
     assert (found - wanted).abs().max() < 1.5e-6
 
 

@@ -18,14 +18,14 @@ def heads() -> torch.Tensor:
 
 def test_the_reference_is_the_norm_and_rotation_of_the_attention_room() -> None:
     tables = Rotary().build(16)
-    (found,) = rotary_norm_reference(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
+    found = rotary_norm_reference(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
     torch.testing.assert_close(found, tables(rms_norm(heads())))
 
 
 @interpreted
 def test_every_head_keeps_unit_root_mean_square() -> None:
     tables = Rotary().build(16)
-    (found,) = rotary_norm(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
+    found = rotary_norm(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
     torch.testing.assert_close(found.square().mean(-1), torch.ones(2, 6, 3), rtol=1e-4, atol=0)
 
 

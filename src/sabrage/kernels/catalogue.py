@@ -13,6 +13,11 @@ from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rot
 from sabrage.kernels.cases import Case, Operation, normal
 
 
+def _alone(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+    """The function with the one tensor that it returns in a tuple."""
+    return lambda **arguments: (function(**arguments),)
+
+
 def _cross_entropy_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     tokens, dim, rows, sets = (case.sizes[name] for name in ("N", "D", "V", "W"))
     num_real = case.options.get("num_real", rows)
@@ -134,8 +139,8 @@ def _linear_activation_inputs(case: Case, generator: torch.Generator, dtype: tor
 
 LINEAR_ACTIVATION = Operation(
     name="linear_activation",
-    fused=linear_activation.perceptron,
-    plain=linear_activation.perceptron_reference,
+    fused=_alone(linear_activation.perceptron),
+    plain=_alone(linear_activation.perceptron_reference),
     inputs=_linear_activation_inputs,
     outputs=("y",),
     gradients=("x_ND", "up_FD", "down_DF"),
@@ -170,8 +175,8 @@ def _normed_linear_inputs(case: Case, generator: torch.Generator, dtype: torch.d
 
 NORMED_LINEAR = Operation(
     name="normed_linear",
-    fused=linear_activation.normed_linear,
-    plain=linear_activation.normed_linear_reference,
+    fused=_alone(linear_activation.normed_linear),
+    plain=_alone(linear_activation.normed_linear_reference),
     inputs=_normed_linear_inputs,
     outputs=("y",),
     gradients=(),
@@ -201,8 +206,8 @@ SQUARE, RECTANGLE = {"S": 48, "M": 768, "K": 768}, {"S": 24, "M": 768, "K": 3072
 
 SYMMETRIC_PRODUCT = Operation(
     name="symmetric_product",
-    fused=lambda **arguments: (symmetric_product.symmetric_product(**arguments),),
-    plain=lambda **arguments: (symmetric_product.symmetric_product_reference(**arguments),),
+    fused=_alone(symmetric_product.symmetric_product),
+    plain=_alone(symmetric_product.symmetric_product_reference),
     inputs=_symmetric_inputs,
     outputs=("product",),
     gradients=(),
@@ -278,8 +283,8 @@ def _rotary_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -
 
 ROTARY_NORM = Operation(
     name="rotary_norm",
-    fused=rotary_norm.rotary_norm,
-    plain=rotary_norm.rotary_norm_reference,
+    fused=_alone(rotary_norm.rotary_norm),
+    plain=_alone(rotary_norm.rotary_norm_reference),
     inputs=_rotary_inputs,
     outputs=("y",),
     gradients=("x_BTHK",),

@@ -50,16 +50,16 @@ def tile_for(capability: tuple[int, int], dtype: torch.dtype, epilogue: str) -> 
 
 def perceptron_reference(
     x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, *, activation: Activation = "relu_squared"
-) -> tuple[Tensor]:
-    """The specification, a tuple of one."""
+) -> Tensor:
+    """The specification."""
     z_NF = F.linear(x_ND, up_FD)
-    return (F.linear(F.gelu(z_NF) if activation == "gelu" else F.relu(z_NF).square(), down_DF),)
+    return F.linear(F.gelu(z_NF) if activation == "gelu" else F.relu(z_NF).square(), down_DF)
 
 
 def perceptron(
     x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, *, activation: Activation = "relu_squared"
-) -> tuple[Tensor]:
-    """y (..., D) for x (..., D), a tuple of one; all three in one dtype, which is autocast's where it is on.
+) -> Tensor:
+    """y (..., D) for x (..., D); all three in one dtype, which is autocast's where it is on.
 
     The weights are those of two torch Linears without biases. Raises KernelError.
     """
@@ -75,19 +75,19 @@ def perceptron(
     learning = x_ND.requires_grad or up_FD.requires_grad or down_DF.requires_grad
     learns = torch.is_grad_enabled() and learning
     y_ND, _, _ = _forward(x_ND.flatten(0, -2), up_FD, down_DF, activation, learns)
-    return (y_ND.view(x_ND.shape),)
+    return y_ND.view(x_ND.shape)
 
 
-def normed_linear_reference(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> tuple[Tensor]:
-    """The specification, a tuple of one."""
+def normed_linear_reference(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The specification."""
     wide_ND = r_ND.to(torch.promote_types(r_ND.dtype, torch.float32))
     n_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(-1, keepdim=True) + eps)
-    return (F.linear(n_ND.to(r_ND.dtype), matrix_FD),)
+    return F.linear(n_ND.to(r_ND.dtype), matrix_FD)
 
 
-def normed_linear(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> tuple[Tensor]:
-    """RMSNorm without weights, then the linear layer, in one kernel; forward only, a tuple of one."""
-    return (_normed(r_ND, matrix_FD, eps),)
+def normed_linear(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """RMSNorm without weights, then the linear layer, in one kernel; forward only."""
+    return _normed(r_ND, matrix_FD, eps)
 
 
 @torch.library.custom_op("sabrage::normed_linear", mutates_args=())

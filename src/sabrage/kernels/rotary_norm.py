@@ -20,20 +20,18 @@ from sabrage.kernels.language import KernelError, jit, require, tl
 ROWS, NUM_WARPS = 32, 4
 
 
-def rotary_norm_reference(
-    x_BTHK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor]:
-    """The specification, in fp32 or wider, returned in the dtype of x, a tuple of one."""
+def rotary_norm_reference(x_BTHK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The specification, in fp32 or wider, returned in the dtype of x."""
     wide_BTHK = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
     normed_BTHK = wide_BTHK * torch.rsqrt(wide_BTHK.square().mean(-1, keepdim=True) + eps)
     first, second = normed_BTHK.chunk(2, dim=-1)
     cosine, sine = cosine_TK[:, None, :], sine_TK[:, None, :]
     turned = torch.cat((first * cosine + second * sine, second * cosine - first * sine), dim=-1)
-    return (turned.to(x_BTHK.dtype),)
+    return turned.to(x_BTHK.dtype)
 
 
-def rotary_norm(x_BTHK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, *, eps: float = 1e-6) -> tuple[Tensor]:
-    """The heads of queries, keys or both, normed and turned: contiguous, in the dtype of x, a tuple of one.
+def rotary_norm(x_BTHK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """The heads of queries, keys or both, normed and turned: contiguous, in the dtype of x.
 
     The tables are (T, K / 2) and fp32. x may be a view whose last dimension is dense, such as the queries and
     keys inside a fused projection. Raises KernelError.
@@ -44,7 +42,7 @@ def rotary_norm(x_BTHK: Tensor, cosine_TK: Tensor, sine_TK: Tensor, *, eps: floa
             f"heads are {tuple(x_BTHK.shape)}, tables {tuple(cosine_TK.shape)} and {tuple(sine_TK.shape)}; "
             "allowed: an even head width K and tables of (T, K / 2)"
         )
-    return (_forward(x_BTHK, cosine_TK, sine_TK, eps),)
+    return _forward(x_BTHK, cosine_TK, sine_TK, eps)
 
 
 @torch.library.custom_op("sabrage::rotary_norm", mutates_args=())
