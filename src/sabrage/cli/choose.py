@@ -1,4 +1,4 @@
-"""From what the user typed to a recipe: devices, data, tokenizers and the recipe of an earlier run."""
+"""From what the user typed to things: devices, data folders, tokenizers and the recipe of an earlier run."""
 
 import json
 from pathlib import Path
