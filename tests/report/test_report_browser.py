@@ -137,16 +137,16 @@ def test_axes_can_be_logarithmic(act):
 
 def test_pointing_shows_values_and_leaving_hides_them(act):
     shown, hidden = act(
-        """const tip = panel.querySelector(".tip");
+        """const tip = panel.querySelector(".tip"), cursor = () => chart.querySelector(".cursor");
+        const look = () => [tip.hidden, cursor().getAttribute("visibility"), tip.textContent];
         point("pointermove", .97);
-        const shown = [tip.hidden, tip.textContent];
+        const shown = look();
         point("pointerleave", .9);
-        return [shown, tip.hidden]"""
+        return [shown, look()]"""
     )
-    assert shown[0] is False
-    assert "tokens trained on20,480" in shown[1]
-    assert "deep, seed 0, validation3.5" in shown[1]
-    assert hidden is True
+    assert (shown[:2], hidden[:2]) == ([False, "visible"], [True, "hidden"])
+    assert "tokens trained on20,480" in shown[2]
+    assert "deep, seed 0, validation3.5" in shown[2]
 
 
 def test_dragging_zooms_and_a_button_zooms_out(act):

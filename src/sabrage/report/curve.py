@@ -93,8 +93,8 @@ def draw(
     log_x: bool = False,
     from_zero: bool = False,
     target: float | None = None,
-    width: int = 860,
-    height: int = 420,
+    width: int = 640,
+    height: int = 360,
     most: int = 1000,
 ) -> Markup:
     """The chart as an `<svg>` element; `target` is a dashed horizontal line, `most` the points of a line.

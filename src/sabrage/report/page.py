@@ -164,7 +164,7 @@ def _small(
     group: Group, points: Mapping[str, history.Points], unit: str, most: int, *, from_zero: bool
 ) -> Markup:
     lines = _series(group, points)
-    return draw(lines, x_label="step", y_label=unit, from_zero=from_zero, width=480, height=300, most=most)
+    return draw(lines, x_label="step", y_label=unit, from_zero=from_zero, width=360, height=240, most=most)
 
 
 def _figures(entry: Entry) -> Iterator[tuple[str, str, str]]:
