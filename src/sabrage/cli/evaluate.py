@@ -36,6 +36,8 @@ class Eval:
     def run(self) -> int:
         import math
 
+        from torch.nn import ModuleDict
+
         from sabrage.cli.choose import model_of_run, named_device
         from sabrage.cli.console import say
         from sabrage.run.device import probe
@@ -47,6 +49,8 @@ class Eval:
         asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
         budget = replace(recipe.budget, **{name: value for name, value in asked.items() if value is not None})
         recipe = replace(recipe, budget=budget).validate(probe(device))
+        # By the names that the patterns of a precision are meant for.
+        recipe.precision.prepare(ModuleDict({"model": model}), device)
         corpus = recipe.data.open(self.data)
         num_targets = budget.evaluation_tokens
         evaluator = Evaluator(
