@@ -1,21 +1,31 @@
-"""`sabrage eval`: the validation loss of a trained model."""
+"""`sabrage eval`: how good is a trained model, on its validation split, on any text and on HellaSwag?"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sabrage.model.lm import LM
+    from sabrage.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Score the newest checkpoint of a run on its validation split.
+    """Score the newest checkpoint of a run: on its validation split, on a text, or on a task.
 
-    The metric is the mean next-token cross-entropy in nats over the first targets of the split.
+    The metric of the validation split is the mean next-token cross-entropy in nats over its first targets. A
+    text is scored in the same rows; its perplexity is per token, and bits per byte compare across tokenizers.
+    HellaSwag's accuracy takes the ending with the highest log-probability per byte.
 
     Try:
       sabrage eval runs/demo-20260101-120000
       sabrage eval runs/mine --data data/fineweb --length 2048 --device cuda
+      sabrage eval runs/mine --text book.txt
+      sabrage eval runs/mine --task hellaswag --file hellaswag_val.jsonl
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -25,25 +35,36 @@ class Eval:
     """Folder of the data set, where it is not where the recipe says."""
 
     tokens: int | None = None
-    """Targets to score; by default as many as in the run."""
+    """Targets to score; by default as many as in the run, and all of a text."""
 
     length: int | None = None
     """Tokens in a row, that is, the longest context; by default as in the run."""
 
+    text: Path | None = None
+    """Score this text file instead."""
+
+    task: Literal["hellaswag"] | None = None
+    """Score this task instead, from --file."""
+
+    file: Path | None = None
+    """The questions of the task, in its public format."""
+
+    limit: int | None = None
+    """Take the first questions only."""
+
     device: str = "auto"
     """cpu, cuda, mps or auto."""
 
-    def run(self) -> int:
-        import math
+    ranks: Path | None = None
+    """File of the GPT-2 ranks, where they cannot be downloaded."""
 
+    def run(self) -> int:
         from torch.nn import ModuleDict
 
         from sabrage.cli.choose import model_of_run, named_device
-        from sabrage.cli.console import say
         from sabrage.run.device import probe
-        from sabrage.train.evaluate import Evaluator
-        from sabrage.train.world import World
 
+        self.check()
         device = named_device(self.device)
         recipe, model = model_of_run(self.run_folder, device=device)
         asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
@@ -51,21 +72,104 @@ class Eval:
         recipe = replace(recipe, budget=budget).validate(probe(device))
         # By the names that the patterns of a precision are meant for.
         recipe.precision.prepare(ModuleDict({"model": model}), device)
-        corpus = recipe.data.open(self.data)
-        num_targets = budget.evaluation_tokens
-        evaluator = Evaluator(
-            model,
-            recipe.precision,
-            World(device),
-            corpus.validation,
-            num_targets=num_targets,
-            length=budget.evaluation_length,
-            batch_tokens=8192,
-            compile=False,
-        )
-        loss = evaluator()
+        if self.task:
+            self.score_task(recipe, model)
+        elif self.text:
+            self.score_text(recipe, model)
+        else:
+            self.score_validation(recipe, model)
+        return 0
+
+    def check(self) -> None:
+        """Raises ConfigError for options that do not go together."""
+        from sabrage.config import ConfigError
+
+        if (self.task is None) != (self.file is None):
+            raise ConfigError("--task and --file go together: --task hellaswag --file hellaswag_val.jsonl")
+        if [self.task, self.text, self.data].count(None) < 2:
+            raise ConfigError("got more than one of --data, --text and --task; score one at a time")
+        if self.task and self.tokens is not None:
+            raise ConfigError("--tokens is for validation and texts; a --task takes --limit questions")
+        if self.limit is not None and (self.task is None or self.limit < 1):
+            raise ConfigError(f"got --limit {self.limit}, allowed: 1 or more questions of a --task")
+
+    def score_validation(self, recipe: "Recipe", model: "LM") -> None:
+        """The fixed metric."""
+        from sabrage.cli.console import say
+
+        corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
+        loss = mean_loss(recipe, model, corpus.validation, num_targets)
         say(f"validation loss {loss:.5f} nats a token over {num_targets:,} targets, track {corpus.track}")
         if corpus.tokenizer is not None:
             num_bytes = len(corpus.tokenizer.decode_bytes(corpus.validation[1 : num_targets + 1].tolist()))
-            say(f"{loss * num_targets / num_bytes / math.log(2):.4f} bits per byte of text")
-        return 0
+            say(bits_per_byte(loss * num_targets, num_bytes))
+
+    def score_text(self, recipe: "Recipe", model: "LM") -> None:
+        """Loss, perplexity and bits per byte of a text, which is taken as one document."""
+        import math
+
+        import numpy as np
+
+        from sabrage.cli.choose import tokenizer_of
+        from sabrage.cli.console import say
+        from sabrage.parts import DataError
+
+        assert self.text is not None
+        tokenizer = tokenizer_of(recipe, ranks=self.ranks)
+        try:
+            encoded = tokenizer.encode(self.text.read_bytes().decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.text}: not UTF-8 text: {error}; convert it first") from error
+        encoded = encoded[: self.tokens]
+        if not encoded:
+            raise DataError(f"{self.text}: holds no text; give a file with some")
+        loss = mean_loss(recipe, model, np.array([tokenizer.end_of_text, *encoded]), len(encoded))
+        say(f"loss {loss:.5f} nats a token, perplexity {math.exp(loss):.3f}, over {len(encoded):,} tokens")
+        say(bits_per_byte(loss * len(encoded), len(tokenizer.decode_bytes(encoded))))
+
+    def score_task(self, recipe: "Recipe", model: "LM") -> None:
+        """The accuracy on HellaSwag, with its standard error."""
+        from rich.progress import track
+
+        from sabrage.cli.choose import tokenizer_of
+        from sabrage.cli.console import say
+        from sabrage.generate.score import answer, read_hellaswag
+
+        assert self.file is not None
+        questions = read_hellaswag(self.file)[: self.limit]
+        tokenizer, length = tokenizer_of(recipe, ranks=self.ranks), recipe.budget.evaluation_length
+        each = answer(model, questions, tokenizer, recipe.precision, length=length)
+        answers = list(track(each, "hellaswag", total=len(questions), transient=True))
+        normalised, plain = (
+            sum(right) / len(answers)
+            for right in zip(*((one.normalised, one.plain) for one in answers), strict=True)
+        )
+        error = (normalised * (1 - normalised) / len(answers)) ** 0.5
+        say(
+            f"hellaswag acc_norm {normalised:.4f} +- {error:.4f}, acc {plain:.4f}, {len(answers):,} questions"
+        )
+
+
+def mean_loss(recipe: "Recipe", model: "LM", tokens: "np.ndarray", num_targets: int) -> float:
+    """Nats a token over the first targets of the tokens, (N,), in the recipe's rows and precision."""
+    from sabrage.train.evaluate import Evaluator
+    from sabrage.train.world import World
+
+    evaluator = Evaluator(
+        model,
+        recipe.precision,
+        World(next(model.parameters()).device),
+        tokens,
+        num_targets=num_targets,
+        length=recipe.budget.evaluation_length,
+        batch_tokens=8192,
+        compile=False,
+    )
+    return evaluator()
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> str:
+    """The sentence about a text's nats, which compares across tokenizers."""
+    import math
+
+    return f"{nats / num_bytes / math.log(2):.4f} bits per byte of text"

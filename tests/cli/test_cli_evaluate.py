@@ -1,0 +1,81 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from sabrage.cli import main
+from sabrage.cli.choose import model_of_run
+
+
+@pytest.fixture
+def score(tiny_options, tmp_path, monkeypatch, one_thread, capsys):
+    """score(*options) -> what `sabrage eval run` prints of a trained run."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo", *tiny_options, "--out", "run"]) == 0
+
+    def text(*options):
+        capsys.readouterr()
+        assert main(["eval", "run", "--device", "cpu", *options]) == 0
+        return capsys.readouterr().out
+
+    return text
+
+
+def numbers(text):
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+
+def test_a_text_has_a_loss_a_perplexity_and_bits_per_byte(score, tmp_path):
+    text = "Naïve text, 日本 too.\n" * 5
+    (tmp_path / "text.txt").write_text(text)
+    loss, perplexity, count, bits = numbers(score("--text", "text.txt", "--length", "16"))
+    _, model = model_of_run(tmp_path / "run", device=torch.device("cpu"))
+    tokens = [256, *text.encode()]
+    with torch.no_grad():
+        rows = [tokens[start : start + 17] for start in range(0, len(tokens) - 1, 16)]
+        losses = [model.head.loss(model(torch.tensor([row[:-1]])), torch.tensor([row[1:]])) for row in rows]
+    expected = sum(loss.item() * (len(row) - 1) for loss, row in zip(losses, rows, strict=True)) / count
+    assert count == len(text.encode())
+    assert loss == pytest.approx(expected, abs=2e-5)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    # One token a byte.
+    assert bits == pytest.approx(loss / math.log(2), abs=1e-3)
+
+
+def test_the_first_tokens_of_a_text_can_be_asked_for(score, tmp_path):
+    (tmp_path / "long.txt").write_text("abcdefgh" * 20)
+    (tmp_path / "short.txt").write_text("abcdefgh" * 4)
+    assert score("--text", "long.txt", "--tokens", "32") == score("--text", "short.txt")
+
+
+def test_hellaswag_is_scored_with_its_standard_error(score, tmp_path):
+    rows = [{"ctx": "48 and", "endings": ["a", "bb", "ccc", "dddd"], "label": label} for label in range(4)]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    printed = score("--task", "hellaswag", "--file", "h.jsonl")
+    # The same question with each label once: one of four is right, whatever the model likes.
+    assert "acc_norm 0.2500 +- 0.2165, acc 0.2500, 4 questions" in printed
+    assert ", 3 questions" in score("--task", "hellaswag", "--file", "h.jsonl", "--limit", "3")
+
+
+MISTAKES = {
+    "a task without its file": (["--task", "hellaswag"], "--task and --file go together"),
+    "a file without a task": (["--file", "x.jsonl"], "--task and --file go together"),
+    "two at once": (["--text", "a", "--data", "b"], "score one at a time"),
+    "tokens of a task": (["--task", "hellaswag", "--file", "x", "--tokens", "3"], "takes --limit questions"),
+    "a limit of a text": (["--text", "a", "--limit", "3"], "questions of a --task"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_options_that_do_not_go_together_are_refused(options, message, capsys):
+    assert main(["eval", "nowhere", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "holds no text"), (b"\xff\xfe", "not UTF-8 text")])
+def test_what_is_no_text_is_refused(score, tmp_path, capsys, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert main(["eval", "run", "--device", "cpu", "--text", "bad.txt"]) == 1
+    assert message in capsys.readouterr().err
