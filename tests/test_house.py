@@ -31,7 +31,7 @@ FLOORS = [
     {"recipe"},
     {"train", "generate"},
     {"recipes"},
-    {"study", "bench", "report"},
+    {"study", "bench", "report", "export"},
     {"cli"},
     {"__main__"},
 ]
