@@ -6,13 +6,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from sabrage.cli.bench import Bench
 from sabrage.cli.check import Check
 from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
 from sabrage.cli.evaluate import Eval
+from sabrage.cli.export import Export
 from sabrage.cli.generate import Generate
 from sabrage.cli.report import Report, Watch
 from sabrage.cli.study import Study
+from sabrage.cli.submit import Submit
 from sabrage.cli.train import Train
 
 DESCRIPTION = """Train GPT-2-class language models to a target loss on one GPU, and prove what helped.
@@ -25,12 +28,15 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[Submit, tyro.conf.subcommand("submit")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Watch, tyro.conf.subcommand("watch")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
