@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 
 from sabrage.data import embedded
-from sabrage.data.embedded import EmbeddedText, cache_folder, docstrings, embedded_folder, is_prose
+from sabrage.data.embedded import (
+    EmbeddedText,
+    cache_folder,
+    docstrings,
+    embedded_folder,
+    is_prose,
+    without_repeats,
+)
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.parts import DataError
 
-PROSE = "A paragraph of plain words that is long enough to be taken for {} prose by anybody who reads it."
+# Ten words or more in a row are those of one document only, whatever it is filled with.
+PROSE = "A paragraph of plain words that is long for {} prose and may be read by anybody at all."
 MODULE = '''"""{module}"""
 
 class Thing:
@@ -71,6 +79,52 @@ def test_no_document_is_on_both_sides_or_twice(cache):
     train = documents_of(np.asarray(corpus.train.shards[0]))
     validation = documents_of(np.asarray(corpus.validation))
     assert len({*train, *validation}) == len(train) + len(validation)
+
+
+@pytest.mark.parametrize(("width", "most"), [(64, 0.02), (128, 0.002), (512, 0.0)])
+def test_hardly_a_line_and_no_paragraph_of_validation_stands_in_training(cache, width, most):
+    corpus = EmbeddedText().open(cache)
+    # The end of text becomes zero, which no text has.
+    train = np.asarray(corpus.train.shards[0]).astype(np.uint8).tobytes()
+    validation = np.asarray(corpus.validation).astype(np.uint8).tobytes()
+    starts = range(0, len(validation) - width, 101)
+    seen = sum(validation[start : start + width] in train for start in starts)
+    assert seen <= most * len(starts)
+
+
+def words(first, count=12):
+    return " ".join(f"word{index}" for index in range(first, first + count))
+
+
+def test_a_repeated_paragraph_stays_in_the_longer_document_only():
+    long = f"{words(0)}\n\n{words(100)}\n\n{words(200, 30)}"
+    short = f"{words(300)}\n\n{words(100)}\n\n{words(400)}"
+    assert list(without_repeats([short, long])) == [long, f"{words(300)}\n\n{words(400)}"]
+
+
+def test_a_repetition_is_found_across_other_line_breaks_and_within_a_paragraph():
+    quoted = words(0, 10)
+    long, short = f"{words(100, 30)} {quoted}", f"{words(200, 5)}\n   {quoted.replace(' ', chr(10), 3)} end"
+    assert list(without_repeats([long, short])) == [long]
+
+
+def test_fewer_words_in_a_row_are_no_repetition():
+    documents = [f"{words(100, 30)} {words(0, 9)}", f"{words(0, 9)} {words(200, 20)}"]
+    assert list(without_repeats(documents)) == documents
+
+
+def test_a_document_may_repeat_itself_and_short_paragraphs_stay():
+    documents = [f"Returns:\n\n{words(0)}\n\nNote:\n\n{words(0)}", f"Returns:\n\n{words(100)}"]
+    assert list(without_repeats(documents)) == documents
+
+
+def test_a_document_left_too_short_is_dropped():
+    assert list(without_repeats([words(0, 40), f"{words(5)}\n\n{words(100, 11)}"])) == [words(0, 40)]
+
+
+def test_the_order_of_the_documents_found_does_not_matter():
+    documents = [f"{words(first)}\n\n{words(first + 20)}" for first in (0, 10, 20, 30, 40)]
+    assert list(without_repeats(documents)) == list(without_repeats(documents[::-1]))
 
 
 def test_the_second_opening_reads_what_the_first_wrote(cache, monkeypatch):

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from sabrage.recipes import RECIPES
+
 PROGRAM = """
 import argparse, json, random, signal, sys
 from pathlib import Path
@@ -39,7 +41,7 @@ if values.get("budget.checkpoint_every") == "7" and not given.resume:
     (given.out / "checkpoints" / "step-00000001").mkdir(parents=True)
     signal.pause()
 
-layers, steps = int(values.get("model.layers", 4)), int(values.get("plan.steps", 390))
+layers, steps = int(values.get("model.layers", 4)), int(values.get("plan.steps", DEMO_STEPS))
 noise = random.Random(seed).gauss(0, 0.004) + random.Random(f"{seed} {layers}").gauss(0, 0.001)
 step_seconds = layers / 100
 with open(given.out / "log.jsonl", "w") as log:
@@ -64,7 +66,7 @@ result = {
 def program(tmp_path, monkeypatch):
     """The words that start the stand-in; the working folder is `tmp_path`, `calls.txt` in it the log."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(PROGRAM)
+    (tmp_path / "train.py").write_text(PROGRAM.replace("DEMO_STEPS", str(RECIPES["demo"].plan.steps)))
     return (sys.executable, str(tmp_path / "train.py"))
 
 

@@ -172,7 +172,16 @@ def test_validation_tokens_in_the_training_stream_are_caught():
     stream = ShardStream([train], block_tokens=256)
     found = check_unseen(stream, tokens_of(1, 1000))
     assert not found.passed
-    assert found.detail.startswith("16 of 16 stretches of 64 tokens")
+    assert found.detail.startswith("32 of 32 stretches of 64 tokens")
+
+
+@pytest.mark.parametrize(("copied", "passed"), [(4, True), (5, False), (13, False)])
+def test_up_to_an_eighth_of_the_stretches_may_be_repetitions(copied, passed):
+    validation = tokens_of(1, 32 * 64)
+    train = np.concatenate([tokens_of(0, 1024), validation[: copied * 64], tokens_of(2, 1024)])
+    found = check_unseen(ShardStream([train], block_tokens=256), validation)
+    assert found.passed is passed
+    assert found.detail.startswith(f"{copied} of 32 stretches")
 
 
 def test_contains_finds_a_window_at_both_ends_and_not_beyond():

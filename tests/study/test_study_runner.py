@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from sabrage.cli import main
+from sabrage.recipes import RECIPES
+from sabrage.recipes import RECIPES
 from sabrage.report.tables import read_results, table
 from sabrage.run.folder import read_run
 from sabrage.study.board import Board
@@ -190,7 +192,7 @@ def test_the_board_prints_a_line_for_every_change(program, tmp_path):
     with Board(blocks[0], console=told) as board:
         Local(program=program).run(blocks, watch=board)
     assert "1 runs, 0 of them done\n" in told.file.getvalue()
-    assert "demo, seed 0: done, step 390, loss 3." in told.file.getvalue()
+    assert f"demo, seed 0: done, step {RECIPES['demo'].plan.steps}, loss 3." in told.file.getvalue()
 
 
 def test_the_board_is_a_live_table_on_a_terminal(program, tmp_path):
@@ -199,7 +201,7 @@ def test_the_board_is_a_live_table_on_a_terminal(program, tmp_path):
     with Board(blocks[0], console=told) as board:
         Local(program=program).run(blocks, watch=board)
     assert "tokens/s" in told.file.getvalue()
-    assert "step 390" in told.file.getvalue()
+    assert f"step {RECIPES['demo'].plan.steps}" in told.file.getvalue()
 
 
 def test_ray_runs_the_same_jobs_into_the_same_folders(program, calls, tmp_path):

@@ -34,11 +34,11 @@ demo = Recipe(
         OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.004)),
     ),
     plan=Plan(
-        steps=390,
-        lr=Trapezoid(warmup=10, warmdown=200),
+        steps=330,
+        lr=Trapezoid(warmup=10, warmdown=165),
         tokens_per_step=4096,
         sequence_length=256,
     ),
     precision=Fp32(),
-    budget=Budget(evaluate_every=65, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
+    budget=Budget(evaluate_every=66, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
 )

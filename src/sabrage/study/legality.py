@@ -21,7 +21,8 @@ from sabrage.train.evaluate import Evaluator
 from sabrage.train.loop import longest_row, make_loader
 from sabrage.train.world import World
 
-WINDOW_TOKENS, NUM_WINDOWS = 64, 16
+WINDOW_TOKENS, NUM_WINDOWS = 64, 32
+MOST_SEEN = 1 / 8
 SCAN_TOKENS = 1 << 22
 LONGEST_FULL = 4096
 
@@ -154,7 +155,8 @@ def check_unseen(train: TokenStream, validation: np.ndarray) -> Check:
     """Whether the scored validation text, (N,) uint16, is kept out of the whole training stream.
 
     Stretches of 64 tokens, evenly spread, are looked for. One may stand in both splits by its own right, a
-    licence or a quotation; where half of them do, the split itself is broken.
+    licence or a quotation: with web text without near duplicates 0.2 % do, 3 % at 8 tokens. Above an eighth
+    the split is broken: documents that quote each other were told apart only as wholes, say.
     """
     width = min(WINDOW_TOKENS, len(validation))
     starts = np.unique(np.linspace(0, len(validation) - width, NUM_WINDOWS).astype(int))
@@ -168,7 +170,7 @@ def check_unseen(train: TokenStream, validation: np.ndarray) -> Check:
         for index in np.flatnonzero(~seen):
             seen[index] = contains(tokens, windows[index])
     detail = f"{seen.sum()} of {len(windows)} stretches of {width} tokens are in the training stream as well"
-    return Check("validation kept out of training", bool(seen.sum() * 2 < len(windows)), detail)
+    return Check("validation kept out of training", bool(seen.mean() <= MOST_SEEN), detail)
 
 
 def contains(tokens: np.ndarray, window: np.ndarray) -> bool:
