@@ -5,7 +5,6 @@ import pytest
 
 from sabrage.cli import main
 from sabrage.recipes import RECIPES
-from sabrage.recipes import RECIPES
 from sabrage.report.tables import table
 from sabrage.study.launch import Local
 from sabrage.study.plan import StudyError, parse_variant

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from sabrage.cli import main
 from sabrage.recipes import RECIPES
-from sabrage.recipes import RECIPES
 from sabrage.report.tables import read_results, table
 from sabrage.run.folder import read_run
 from sabrage.study.board import Board
