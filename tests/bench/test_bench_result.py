@@ -6,7 +6,7 @@ from sabrage.bench import nocap_mini, step
 from sabrage.bench.result import write_result
 from sabrage.recipes import find
 from sabrage.report.tables import read_results, table
-from sabrage.run.device import probe
+from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import Run
 
 ENDED = {
@@ -45,6 +45,13 @@ def test_a_result_file_names_versions_and_commit(tmp_path):
     assert result["commit"] == "abc"
     assert result["versions"]["torch"] == torch.__version__
     assert result["track"] is None
+
+
+def test_a_recipe_that_the_device_refuses_is_a_row_that_says_so():
+    facts = DeviceFacts(kind="cuda", name="an old card", memory=0, capability=(7, 5))
+    row = step.measure(find("fp8"), facts, torch.device("cpu"))
+    assert row.keys() == {"recipe", "note"}
+    assert "8.9" in row["note"]
 
 
 @pytest.mark.gpu

@@ -57,9 +57,9 @@ def milliseconds(work: Callable[[], Any], *, repeats: int = STEPS) -> float:
 
 def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[str, Any]:
     """One row of the table."""
-    refusal = recipe.precision.refusal(facts)
-    if refusal:
-        return {"recipe": recipe.name, "note": refusal}
+    refusals = recipe.refusals(facts)
+    if refusals:
+        return {"recipe": recipe.name, "note": "; ".join(refusals)}
     torch.compiler.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
