@@ -218,6 +218,10 @@ class Precision(Part, ABC):
         has to remember becomes buffers of `model` itself, not of modules in it.
         """
 
+    def prepare_alone(self, model: nn.Module, device: torch.device) -> None:
+        """`prepare` for a model without its learner, whose layers keep the names they train under."""
+        self.prepare(nn.ModuleDict({"model": model}), device)
+
     @abstractmethod
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""
@@ -233,6 +237,10 @@ class Precision(Part, ABC):
     @abstractmethod
     def peak(self) -> str:
         """The device's matrix rate that model FLOP utilisation is measured against: fp32, tf32, bf16, ..."""
+
+    def wide(self) -> bool:
+        """Whether activations are kept in 32 bits."""
+        return self.peak() in ("fp32", "tf32")
 
 
 class Tokenizer(Protocol):

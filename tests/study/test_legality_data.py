@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from contracts import shrink
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.cli.check import Check
@@ -16,6 +17,7 @@ from sabrage.data.stream import ShardStream
 from sabrage.feedforward.mlp import Mlp, Perceptron
 from sabrage.parts import Batch
 from sabrage.plan import Constant, Plan
+from sabrage.precision.fp8 import Fp8
 from sabrage.recipe import Budget
 from sabrage.recipes import RECIPES
 from sabrage.run.folder import RunFolder, read_run
@@ -197,6 +199,13 @@ def test_a_recipe_and_its_data_pass_as_a_whole(data):
     assert check_data(recipe, recipe.data.open()).passed
     assert check_model(recipe).passed
     assert check_full(recipe, CPU).passed
+
+
+def test_the_full_form_knows_layers_by_the_names_they_train_under():
+    recipe = shrink(RECIPES["base"])
+    assert check_full(replace(recipe, precision=Fp8(products=(r"^model\.head$",))), CPU).passed
+    with pytest.raises(ConfigError, match="matches no layer"):
+        check_full(replace(recipe, precision=Fp8(products=(r"^head$",))), CPU)
 
 
 class PeekingPerceptron(Perceptron):

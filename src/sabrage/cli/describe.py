@@ -82,7 +82,7 @@ def show_costs(recipe: "Recipe") -> None:
     print(f"FLOPs per token   {flops:,} (forward and backward matrix products, {length:,} tokens of context)")
     print(f"tokens needed     {tokens:,} ({tokens / 1e8:.2f} shards of 100M)")
     print(f"FLOPs in all      {count(flops * tokens)}")
-    wide = recipe.precision.peak() in ("fp32", "tf32")
+    wide = recipe.precision.wide()
     rows = [1 << power for power in range(8) if (length << power) <= recipe.plan.at(0).tokens_per_step]
     sizes = (f"{count}: {size(memory_estimate(recipe.model, count * length, wide=wide))}" for count in rows)
     print(f"memory by rows of a micro-batch (estimate)   {', '.join(sizes)}")
@@ -121,7 +121,7 @@ def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
     from sabrage.run.doctor import Needs, find_data
     from sabrage.train.loop import micro_batch_tokens
 
-    wide = recipe.precision.peak() in ("fp32", "tf32")
+    wide = recipe.precision.wide()
     length = recipe.plan.at(0).sequence_length
     folder = data_folder(recipe)
     missing = None

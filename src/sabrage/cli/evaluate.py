@@ -59,8 +59,6 @@ class Eval:
     """File of the GPT-2 ranks, where they cannot be downloaded."""
 
     def run(self) -> int:
-        from torch.nn import ModuleDict
-
         from sabrage.cli.choose import model_of_run, named_device
         from sabrage.run.device import probe
 
@@ -70,8 +68,7 @@ class Eval:
         asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
         budget = replace(recipe.budget, **{name: value for name, value in asked.items() if value is not None})
         recipe = replace(recipe, budget=budget).validate(probe(device))
-        # By the names that the patterns of a precision are meant for.
-        recipe.precision.prepare(ModuleDict({"model": model}), device)
+        recipe.precision.prepare_alone(model, device)
         if self.task:
             self.score_task(recipe, model)
         elif self.text:

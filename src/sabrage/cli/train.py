@@ -101,11 +101,12 @@ class Train:
         else:
             shortcuts = {"budget.seed": self.seed, "plan.steps": self.steps}
             given = [f"{path}={value}" for path, value in shortcuts.items() if value is not None]
-            recipe = changed(self.recipe, [*self.set, *given]).validate()
-            folder = self.new_folder(recipe.name, leads=leads)
+            recipe, folder = changed(self.recipe, [*self.set, *given]), None
         if self.target is not None:
             recipe = replace(recipe, budget=replace(recipe.budget, target=self.target))
-        return recipe.validate(), folder
+        recipe.validate()
+        # Last, so that a refused recipe leaves no folder.
+        return recipe, folder or self.new_folder(recipe.name, leads=leads)
 
     def new_folder(self, name: str, *, leads: bool) -> "RunFolder":
         """The folder of a new run; only the leading process makes it."""

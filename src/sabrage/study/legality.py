@@ -42,7 +42,7 @@ def check_full(
     if model is None:
         spec = resolve(recipe, probe(device)).model
         model = scramble(build_model(spec, seed=recipe.budget.seed)).to(device)
-    recipe.precision.prepare(model, device)
+    recipe.precision.prepare_alone(model, device)
     length = min(longest_row(recipe), LONGEST_FULL)
     return examine(model, length=length, precision=recipe.precision, documents=documents)
 

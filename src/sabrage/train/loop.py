@@ -3,12 +3,12 @@
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sabrage.config import ConfigError, resolve
+from sabrage.data.embedded import cache_folder
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
 from sabrage.model.legality import quick
@@ -219,7 +219,7 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
     if facts.kind == "cpu":
         return max(8192, knobs.sequence_length)
     room = facts.memory * recipe.runtime.memory_fraction
-    wide = recipe.precision.peak() in ("fp32", "tf32")
+    wide = recipe.precision.wide()
     tokens = min(knobs.tokens_per_step // size, 65_536)
     while tokens > knobs.sequence_length and memory_estimate(recipe.model, tokens, wide=wide) > room:
         tokens //= 2
@@ -229,5 +229,4 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
 def use_compile_cache(wanted: bool) -> None:
     """Keeps compiled graphs between runs, in the cache folder unless torch's own variable names another."""
     if wanted:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base / "sabrage" / "compile"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))

@@ -57,9 +57,11 @@ class TrainStep:
     def __call__(self, batch: Batch, knobs: Knobs) -> Tensor:
         rows = micro_rows(batch.tokens_BT.shape, self.micro_tokens)
         weights, device = knobs.loss_weights, self.world.device
-        # From pinned memory, since a copy from any other waits for the device.
-        host_W = torch.tensor(weights, pin_memory=device.type == "cuda")
-        weights_W = host_W.to(device, non_blocking=True) if weights else None
+        weights_W = None
+        if weights:
+            # From pinned memory, since a copy from any other waits for the device.
+            host_W = torch.tensor(weights, pin_memory=device.type == "cuda")
+            weights_W = host_W.to(device, non_blocking=True)
         documents = batch.documents_BT
         pieces = zip(
             batch.tokens_BT.split(rows),

@@ -51,7 +51,7 @@ class FusedResidualStream(nn.Module):
     def __init__(self, part: FusedResidual, *, num_layers: int) -> None:
         super().__init__()
         self.eps, self.dropout = part.eps, part.dropout
-        self.mixer_scale = (2 * num_layers) ** -0.5 if part.mixer_scale == "depth" else 1.0
+        self.mixer_scale = part.plain().scale(num_layers)
         self.compute = residual_norm if part.backend == "triton" else residual_norm_reference
 
     def forward(self, x_BTD: Tensor, blocks: Iterable[Any], context: Context) -> Tensor:

@@ -29,6 +29,10 @@ class Residual(Wiring):
     def problems(self) -> list[str]:
         return [] if 0 <= self.dropout < 1 else [f"dropout={self.dropout} must lie in [0, 1)"]
 
+    def scale(self, num_layers: int) -> float:
+        """What the mixers' outputs are multiplied by."""
+        return (2 * num_layers) ** -0.5 if self.mixer_scale == "depth" else 1.0
+
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module:
         return ResidualStream(self, num_layers=num_layers)
 
@@ -39,7 +43,7 @@ class ResidualStream(nn.Module):
     def __init__(self, part: Residual, *, num_layers: int) -> None:
         super().__init__()
         self.eps, self.dropout = part.eps, part.dropout
-        self.mixer_scale = (2 * num_layers) ** -0.5 if part.mixer_scale == "depth" else 1.0
+        self.mixer_scale = part.scale(num_layers)
 
     def forward(self, x_BTD: Tensor, blocks: Iterable[Any], context: Context) -> Tensor:
         for block in blocks:
