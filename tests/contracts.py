@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 from sabrage.config import leaves, override
+from sabrage.context import Context
 from sabrage.data.embedded import EmbeddedText
-from sabrage.generate.cache import DenseCache
+from sabrage.generate.cache import DenseCache, streams_of
 from sabrage.model.lm import LM, ModelSpec, build_model
-from sabrage.parts import Context
 from sabrage.plan import Plan
 from sabrage.precision.autocast import Fp32
 from sabrage.recipe import Budget, Recipe
@@ -142,24 +142,27 @@ def decoding_equals_forward(model: LM) -> None:
 class CountingCache:
     """A dense cache that notes the shape of everything that it is given."""
 
+    paged = False
+
     def __init__(self, model: LM, batch: int) -> None:
         self.dense = DenseCache(model.spec, batch=batch, capacity=LENGTH)
         self.shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def extend(self, layer: int, **streams_BTX: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.shapes[layer] = {name: tuple(stream.shape) for name, stream in streams_BTX.items()}
+        shapes = {name: tuple(stream.shape) for name, stream in streams_BTX.items()}
+        self.shapes[layer] = self.shapes.get(layer, {}) | shapes
         return self.dense.extend(layer, **streams_BTX)
 
 
 @torch.no_grad()
 def caches_what_it_declares(model: LM) -> None:
-    """The numbers cached per token and layer are those that the mixer's streams declare."""
+    """The numbers cached per token and layer are those that the parts' streams declare."""
     tokens_BT = draw_tokens(model)
     cache = CountingCache(model, len(tokens_BT))
     positions_BT = torch.arange(LENGTH).expand_as(tokens_BT)
     model(tokens_BT, Context(positions_BT=positions_BT, cache=cache))
     spec = model.spec
-    declared = {layer: spec.mixer(layer).streams(spec.dim) for layer in range(spec.layers)}
+    declared = {layer: streams_of(spec, layer) for layer in range(spec.layers)}
     assert cache.shapes == {
         layer: {name: (*tokens_BT.shape, width) for name, width in streams.items()}
         for layer, streams in declared.items()

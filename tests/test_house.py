@@ -22,7 +22,7 @@ DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob
 
 # From the ground up. A room imports itself and what stands on a lower line, never its neighbour.
 FLOORS = [
-    {"config", "norms", "run"},
+    {"config", "context", "norms", "run"},
     {"kernels", "linear"},
     {"parts"},
     {"plan"},

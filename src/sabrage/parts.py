@@ -2,7 +2,7 @@
 
 Parts (frozen values) build modules. Modules meet only through the types of this file, so a technique is
 one new file with one part in it. Shape letters: B batch, T time, D model width, H heads, K head width,
-V vocabulary, X any width.
+V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -26,6 +26,7 @@ class Knobs:
 
     `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
     `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
+    `window` is how many tokens a windowed layer sees, itself included; None: all before it.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Knobs:
     weight_decay: float = 1.0
     momentum: float | None = None
     loss_weights: tuple[float, ...] = ()
+    window: int | None = None
 
 
 @dataclass
@@ -48,27 +50,6 @@ class Batch:
     tokens_BT: Tensor
     targets_BT: Tensor
     documents_BT: Tensor | None = None
-
-
-class Cache(Protocol):
-    """What a decoding mixer sees of a cache; the cache knows streams (name -> width), not attention."""
-
-    def extend(self, layer: int, **streams_BTX: Tensor) -> dict[str, Tensor]:
-        """Appends T new entries of each declared stream and returns all entries of each, (B, S, X).
-
-        S covers the longest sequence. Entry s of sequence b is position s; entries at or beyond the
-        sequence's length are undefined and must be masked with `Context.positions_BT`.
-        """
-        ...
-
-
-@dataclass
-class Context:
-    """What a mixer may know beside its input: absolute positions (None: 0 to T-1), documents, the cache."""
-
-    positions_BT: Tensor | None = None
-    documents_BT: Tensor | None = None
-    cache: Cache | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +71,14 @@ class Mixer(Part, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(Part, ABC):
-    """Works on each token alone. The module's `forward(x_BTD) -> y_BTD`."""
+    """Works on each token, seeing no later one. The module's `forward(x_BTD, context) -> y_BTD`."""
 
     @abstractmethod
     def build(self, *, dim: int, layer: int) -> nn.Module: ...
+
+    def streams(self, dim: int) -> dict[str, int]:
+        """Numbers cached per token and layer, by stream name; none where each token stands alone."""
+        return {}
 
     @abstractmethod
     def flops(self, dim: int) -> int:

@@ -7,8 +7,8 @@ import torch
 
 from sabrage.attention.backends import Backend, attend, choose_backend, visible
 from sabrage.attention.multi_head import MultiHead
+from sabrage.context import Context
 from sabrage.generate.cache import DenseCache
-from sabrage.parts import Context
 from sabrage.recipes import find
 from sabrage.run.device import DeviceFacts
 

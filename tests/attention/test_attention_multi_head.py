@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sabrage.attention.multi_head import MultiHead
+from sabrage.context import Context
 from sabrage.norms import rms_norm
-from sabrage.parts import Context
 
 
 def draw(*shape, seed=0):

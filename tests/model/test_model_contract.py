@@ -85,7 +85,7 @@ class BatchStatistics(FeedForward):
     """Normalises with the mean of the whole batch."""
 
     def build(self, *, dim, layer):
-        return Function(lambda x_BTD: x_BTD - x_BTD.mean((0, 1)))
+        return Function(lambda x_BTD, context: x_BTD - x_BTD.mean((0, 1)))
 
     def flops(self, dim):
         return 0
@@ -96,7 +96,7 @@ class RowStatistics(FeedForward):
     """Subtracts the mean over the sequence."""
 
     def build(self, *, dim, layer):
-        return Function(lambda x_BTD: x_BTD - x_BTD.mean(1, keepdim=True))
+        return Function(lambda x_BTD, context: x_BTD - x_BTD.mean(1, keepdim=True))
 
     def flops(self, dim):
         return 0
@@ -120,7 +120,7 @@ class Moody(nn.Module):
         super().__init__()
         self.fault = fault
 
-    def forward(self, x_BTD):
+    def forward(self, x_BTD, context):
         if self.fault == "random":
             return F.dropout(x_BTD, 0.5, training=not self.training)
         return 2 * x_BTD if self.training else x_BTD

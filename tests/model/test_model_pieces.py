@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from sabrage.attention.multi_head import MultiHead
+from sabrage.context import Context
 from sabrage.feedforward.mlp import Mlp
 from sabrage.model.ends import LinearHead, TokenTable
 from sabrage.model.lm import Block, ModelSpec, build_model
 from sabrage.norms import rms_norm
 from sabrage.objective.next_token import NextToken
-from sabrage.parts import Batch, Context
+from sabrage.parts import Batch
 from sabrage.wiring.residual import Residual
 
 
@@ -126,7 +127,7 @@ def test_a_perceptron_is_its_formula(activation, function):
     torch.manual_seed(0)
     module, x_BTD = Mlp(expansion=3, activation=activation).build(dim=8, layer=0), draw(2, 5, 8)
     expected = function(x_BTD @ module.up.weight.T) @ module.down.weight.T
-    torch.testing.assert_close(module(x_BTD), expected)
+    torch.testing.assert_close(module(x_BTD, Context()), expected)
     assert module.up.weight.shape == (24, 8)
     assert Mlp(expansion=3).flops(8) == 2 * 2 * 8 * 24
 
@@ -142,11 +143,11 @@ def test_blocks_that_start_at_zero_leave_the_embedding_as_it_is():
 @pytest.mark.parametrize(("scale", "factor"), [("one", 1.0), ("depth", 8**-0.5)])
 def test_the_residual_stream_scales_the_mixer_and_nothing_else(scale, factor):
     stream = Residual(mixer_scale=scale, eps=1e-3).build(dim=8, num_layers=4, vocab_size=9)
-    block = Block(torch.nn.Identity(), torch.nn.Linear(8, 8))
+    block = Block(torch.nn.Identity(), Mlp(expansion=1).build(dim=8, layer=0))
     block.mixer.forward = lambda x_BTD, context: x_BTD.cumsum(1)
     x_BTD = draw(2, 5, 8)
     middle_BTD = x_BTD + factor * rms_norm(x_BTD, eps=1e-3).cumsum(1)
-    expected = middle_BTD + block.feedforward(rms_norm(middle_BTD, eps=1e-3))
+    expected = middle_BTD + block.feedforward(rms_norm(middle_BTD, eps=1e-3), Context())
     torch.testing.assert_close(stream(x_BTD, [block], Context()), rms_norm(expected, eps=1e-3))
 
 

@@ -209,8 +209,8 @@ def test_the_full_form_knows_layers_by_the_names_they_train_under():
 
 
 class PeekingPerceptron(Perceptron):
-    def forward(self, x_BTD):
-        return super().forward(x_BTD.roll(-1, 1))
+    def forward(self, x_BTD, context):
+        return super().forward(x_BTD.roll(-1, 1), context)
 
 
 @dataclass(frozen=True, kw_only=True)

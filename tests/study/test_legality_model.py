@@ -145,7 +145,9 @@ class TestFeedForward(FeedForward):
 @dataclass(frozen=True, kw_only=True)
 class BatchStatistics(TestFeedForward):
     def build(self, *, dim, layer):
-        return module(lambda self, x: self.norm(x.transpose(1, 2)).transpose(1, 2), norm=nn.BatchNorm1d(dim))
+        return module(
+            lambda self, x, context: self.norm(x.transpose(1, 2)).transpose(1, 2), norm=nn.BatchNorm1d(dim)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ class FirstComeFirstServed(TestFeedForward):
         return module(self.route, experts=experts, gate=nn.Linear(dim, 4))
 
     @staticmethod
-    def route(self, x):
+    def route(self, x, context):
         flat = x.flatten(0, 1)
         scores = self.gate(flat).softmax(-1)
         out = torch.zeros_like(flat)
@@ -184,7 +186,8 @@ class Dropless(FirstComeFirstServed):
 @dataclass(frozen=True, kw_only=True)
 class Dropout(TestFeedForward):
     def build(self, *, dim, layer):
-        return nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.5))
+        layers = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.5))
+        return module(lambda self, x, context: self.layers(x), layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)

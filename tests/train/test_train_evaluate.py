@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from sabrage.attention.multi_head import MultiHead
+from sabrage.context import Context
 from sabrage.feedforward.mlp import Mlp
 from sabrage.model.ends import LinearHead, TokenTable
 from sabrage.model.lm import ModelSpec, build_model
-from sabrage.parts import Context
 from sabrage.precision.autocast import Fp32
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.world import World

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sabrage.parts import Context
+from sabrage.context import Context
 from sabrage.run.device import DeviceFacts
 
 Backend = Literal["auto", "plain", "sdpa", "flash", "cudnn"]

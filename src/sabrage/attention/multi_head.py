@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
 from sabrage.attention.rotary import Rotary
+from sabrage.context import Context
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
-from sabrage.parts import Context, Mixer
+from sabrage.parts import Mixer
 from sabrage.run.device import DeviceFacts
 
 

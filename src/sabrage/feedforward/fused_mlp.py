@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.feedforward.mlp import Mlp, Perceptron
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.linear_activation import perceptron, perceptron_reference
@@ -42,12 +43,12 @@ class FusedMlp(FeedForward):
 
 
 class FusedPerceptron(Perceptron):
-    """The module of `FusedMlp`: forward(x_BTD) -> y_BTD."""
+    """The module of `FusedMlp`: forward(x_BTD, context) -> y_BTD."""
 
     def __init__(self, part: FusedMlp, *, dim: int) -> None:
         super().__init__(part.plain(), dim=dim)
         self.up.replaceable = self.down.replaceable = False
         self.compute = perceptron if part.backend == "triton" else perceptron_reference
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.compute(x_BTD, self.up.weight, self.down.weight, activation=self.activation)

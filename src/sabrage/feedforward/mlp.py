@@ -10,6 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.linear import Linear
 from sabrage.parts import FeedForward
 
@@ -33,7 +34,7 @@ class Mlp(FeedForward):
 
 
 class Perceptron(nn.Module):
-    """The module of `Mlp`: forward(x_BTD) -> y_BTD."""
+    """The module of `Mlp`: forward(x_BTD, context) -> y_BTD."""
 
     def __init__(self, part: Mlp, *, dim: int) -> None:
         super().__init__()
@@ -43,7 +44,7 @@ class Perceptron(nn.Module):
         if part.zero_init:
             nn.init.zeros_(self.down.weight)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         hidden_BTF = self.up(x_BTD)
         if self.activation == "gelu":
             return self.down(F.gelu(hidden_BTF))

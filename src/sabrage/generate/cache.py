@@ -1,16 +1,26 @@
 """The dense cache: every declared stream of every layer, for sequences of one common length.
 
-Bytes per token = sum over layers of the widths that the mixers' `streams` declare, times the element size.
+Bytes per token = sum over layers of the widths that the parts' `streams` declare, times the element size.
 """
 
 import torch
 from torch import Tensor
 
+from sabrage.context import Pages
 from sabrage.model.lm import ModelSpec
+
+
+def streams_of(spec: ModelSpec, layer: int) -> dict[str, int]:
+    """Widths of what one layer caches per token, by stream name."""
+    mixed, fed = spec.mixer(layer).streams(spec.dim), spec.feedforward(layer).streams(spec.dim)
+    assert not mixed.keys() & fed.keys(), f"layer {layer}: mixer and feed-forward share a stream's name"
+    return mixed | fed
 
 
 class DenseCache:
     """Holds up to `capacity` positions of `batch` sequences; entries beyond `length` are undefined."""
+
+    paged = False
 
     def __init__(
         self,
@@ -25,7 +35,7 @@ class DenseCache:
         self.layers: list[dict[str, Tensor]] = [
             {
                 name: torch.empty(batch, capacity, width, device=device, dtype=dtype)
-                for name, width in spec.mixer(layer).streams(spec.dim).items()
+                for name, width in streams_of(spec, layer).items()
             }
             for layer in range(spec.layers)
         ]
@@ -36,8 +46,8 @@ class DenseCache:
         Raises ValueError when the capacity is used up.
         """
         stored = self.layers[layer]
-        assert stored.keys() == streams_BTX.keys(), (
-            f"layer {layer} caches {sorted(streams_BTX)}, its mixer declares {sorted(stored)}"
+        assert streams_BTX.keys() <= stored.keys(), (
+            f"layer {layer} caches {sorted(streams_BTX)}, its parts declare {sorted(stored)}"
         )
         new = next(iter(streams_BTX.values())).shape[1]
         end = self.length + new
@@ -48,7 +58,11 @@ class DenseCache:
             )
         for name, value_BTX in streams_BTX.items():
             stored[name][:, self.length : end] = value_BTX
-        return {name: tensor[:, :end] for name, tensor in stored.items()}
+        return {name: stored[name][:, :end] for name in streams_BTX}
+
+    def append(self, layer: int, **streams_BTX: Tensor) -> dict[str, Pages]:
+        """Not for this cache: it has no pages."""
+        raise NotImplementedError("a dense cache has no pages; use extend")
 
     def advance(self, num_tokens: int) -> None:
         """Counts the tokens that every layer has appended."""

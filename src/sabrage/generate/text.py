@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from sabrage.config import resolve, walk
+from sabrage.context import Context
 from sabrage.generate.cache import DenseCache
 from sabrage.generate.sampling import Sampling, draw
 from sabrage.model.legality import automatic
 from sabrage.model.lm import LM, build_model
-from sabrage.parts import Context, Tokenizer
+from sabrage.parts import Tokenizer
 from sabrage.recipe import Recipe
 from sabrage.run import checkpoint
 from sabrage.run.device import probe

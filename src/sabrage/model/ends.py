@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.linear import Linear
-from sabrage.parts import Context, Embedding, Head
+from sabrage.parts import Embedding, Head
 
 # Matrix units want row counts that are multiples of this; the product is padded, never the distribution.
 PRODUCT_MULTIPLE = 64

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.config import leaves
+from sabrage.context import Context
 from sabrage.model.lm import LM, ModelSpec
-from sabrage.parts import Context, Precision
+from sabrage.parts import Precision
 
 # Rounding, as a share of the largest output, by the format of the products; beyond it an output has moved.
 # Narrow formats include FP8, whose scale for a whole tensor moves every output a little in training.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.config import Part, leaves, walk
-from sabrage.parts import Context, Embedding, FeedForward, Head, Mixer, Wiring
+from sabrage.context import Context
+from sabrage.parts import Embedding, FeedForward, Head, Mixer, Wiring
 
 
 @dataclass(frozen=True, kw_only=True)

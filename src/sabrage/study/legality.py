@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sabrage.config import resolve
+from sabrage.context import Context
 from sabrage.model.legality import Check, Legality, examine, quick, scramble
 from sabrage.model.lm import LM, build_model
-from sabrage.parts import Batch, Context, Corpus, TokenStream
+from sabrage.parts import Batch, Corpus, TokenStream
 from sabrage.recipe import Recipe
 from sabrage.run.device import probe
 from sabrage.train.evaluate import Evaluator

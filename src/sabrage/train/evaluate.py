@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sabrage.context import Context
 from sabrage.model.lm import LM
-from sabrage.parts import Context, Precision
+from sabrage.parts import Precision
 from sabrage.train.step import compiled
 from sabrage.train.world import World
 

@@ -6,9 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.model.lm import LM
 from sabrage.optim.groups import Optimizers
-from sabrage.parts import Batch, Context, Knobs, Precision
+from sabrage.parts import Batch, Knobs, Precision
 from sabrage.train.world import World
 
 
@@ -33,10 +34,11 @@ class Learner(nn.Module):
         loss_weights_W: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision.autocast(self.device):
-            h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT))
+            context = Context(documents_BT=documents_BT)
+            h_BTD = self.model(tokens_BT, context)
             batch = Batch(tokens_BT, targets_BT, documents_BT)
             loss = self.objective(h_BTD, batch, self.model, loss_weights_W)
-        return loss.total, loss.parts
+        return sum(context.losses.values(), loss.total), loss.parts | context.losses
 
 
 def compiled(function: Callable, wanted: bool) -> Callable:

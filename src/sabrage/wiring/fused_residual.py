@@ -11,10 +11,11 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.residual_norm import residual_norm, residual_norm_reference
 from sabrage.norms import rms_norm
-from sabrage.parts import Context, Wiring
+from sabrage.parts import Wiring
 from sabrage.run.device import DeviceFacts
 from sabrage.wiring.residual import Residual
 
@@ -58,7 +59,7 @@ class FusedResidualStream(nn.Module):
         normed_BTD = rms_norm(x_BTD, eps=self.eps)
         for block in blocks:
             x_BTD, normed_BTD = self.add(x_BTD, block.mixer(normed_BTD, context), self.mixer_scale)
-            x_BTD, normed_BTD = self.add(x_BTD, block.feedforward(normed_BTD), 1.0)
+            x_BTD, normed_BTD = self.add(x_BTD, block.feedforward(normed_BTD, context), 1.0)
         return normed_BTD
 
     def add(self, x_BTD: Tensor, branch_BTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.norms import rms_norm
-from sabrage.parts import Context, Wiring
+from sabrage.parts import Wiring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class ResidualStream(nn.Module):
         for block in blocks:
             mixed_BTD = self.drop(block.mixer(rms_norm(x_BTD, eps=self.eps), context))
             x_BTD = x_BTD + (mixed_BTD if self.mixer_scale == 1.0 else self.mixer_scale * mixed_BTD)
-            x_BTD = x_BTD + self.drop(block.feedforward(rms_norm(x_BTD, eps=self.eps)))
+            x_BTD = x_BTD + self.drop(block.feedforward(rms_norm(x_BTD, eps=self.eps), context))
         return rms_norm(x_BTD, eps=self.eps)
 
     def drop(self, y_BTD: Tensor) -> Tensor:
