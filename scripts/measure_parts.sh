@@ -8,7 +8,9 @@
 #   tests    the GPU tests (4)
 #   kernels  every fused kernel beside eager and compiled torch (3)
 #   steps    time and memory of one step of every recipe on the base (5)
-#   rates    the base's rates: AdamW's for the table, Muon's, and the warm-up, at a third of the horizon (6)
+#   rates    the base's rates, one changed at a time, at a third of the horizon; three runs share the card, so
+#            that their losses hold and their times mean nothing (6)
+#   demo     the demo with three seeds against two variants, on the CPU (10, beside the others)
 #   study    loss at the study horizon: base, base-adamw and the precisions, one seed (20; two cards halve it)
 #   seeds    the base with three seeds: its loss and the noise floor (6)
 # COMMIT names the code's commit where this copy is no git checkout. A stage that fails does not stop the rest.
@@ -26,15 +28,43 @@ study() {  # NAME COMMAND...: a study whose folder and result carry the name
   python3 -m sabrage study "$@" "${track[@]}" --out "$out/$name" --result "$out/$name.json"
 }
 
+rates() {  # one line a run: its name, then what it changes
+  local table=optim.1.optimizer muon=optim.0.optimizer
+  local short=("data.path=$data" data.track=stand-in plan.steps=120 plan.lr.warmup=7 plan.lr.warmdown=60
+    budget.evaluate_every=0 model.head=FusedHead runtime.micro_batch=32)
+  mkdir -p "$out/rates"
+  while read -r name changes; do
+    echo "$out/rates/$name base" "$(printf -- ' --set %s' "${short[@]}" $changes)"
+  done <<CHANGES | xargs -P 3 -L 1 bash -c 'python3 -m sabrage train "${@:1}" --out "$0" >"$0.txt" 2>&1'
+table-0.0018 $table.lr=0.0018
+table-0.0036 $table.lr=0.0036
+table-0.0072 $table.lr=0.0072
+table-0.0144 $table.lr=0.0144
+muon-0.035 $table.lr=0.0072 $muon.lr=0.035
+beta-0.8 $table.lr=0.0072 $table.betas=[0.8,0.95]
+decay-0 $table.lr=0.0072 $table.weight_decay=0
+momentum-0.9 $table.lr=0.0072 $muon.momentum=0.9
+warmup-2 $table.lr=0.0072 plan.lr.warmup=2
+normuon $table.lr=0.0072 $muon.normuon=true
+muon-0.014 $table.lr=0.0072 $muon.lr=0.014
+CHANGES
+  python3 - "$out"/rates/*/result.json <<'PRINT'
+import json, sys
+for path in sys.argv[1:]:
+    print(path.split("/")[-2], json.load(open(path))["validation_loss"])
+PRINT
+}
+
 run() {
   case $1 in
     tests) python3 -m pytest -m gpu -q -p no:cacheprovider ;;
-    kernels) python3 -m sabrage.bench.kernels --out "$out/kernels.json" ;;
+    kernels) python3 -m sabrage.bench.kernels --out "$out/kernels.json" "${commit[@]}" ;;
     steps) python3 -m sabrage.bench.step base base-adamw fused-head fused-mlp fused-norm plain-dropout \
       fused-norm-dropout bf16 fp16 fp16-fast fp8-head fp8 tf32 fp32 --out "$out/steps.json" "${commit[@]}" ;;
-    rates) study rates sweep base --seeds 1 --steps 120 --set budget.evaluate_every=0 \
-      --over optim.1.optimizer.lr=0.0018,0.005,0.012 --over optim.0.optimizer.lr=0.02,0.035 \
-      --over plan.lr.warmup=2,7 ;;
+    rates) rates ;;
+    demo) CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=3 python3 -m sabrage study compare demo \
+      demo+model.feedforwards.0.activation=gelu demo+model.mixers.0.qk_norm=false \
+      --seeds 3 --parallel 3 --out "$out/demo" --result "$out/demo.json" ;;
     study) study precisions compare base base-adamw bf16 fp16 fp16-fast fp8-head fp8 tf32 --seeds 1 ;;
     seeds) study base-seeds compare base base+model.head=FusedHead --seeds 3 --target 4.30 ;;
     *) echo "no stage $1" >&2; return 2 ;;

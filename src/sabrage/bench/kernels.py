@@ -144,7 +144,9 @@ def row(
     return found | {"verdict": " and ".join(won) or "neither faster nor smaller"}
 
 
-def measure(name: str | None = None, *, out: Path | None = None) -> list[dict[str, Any]]:
+def measure(
+    name: str | None = None, *, out: Path | None = None, commit: str | None = None
+) -> list[dict[str, Any]]:
     """Measures one operation, or all; prints the table and, with `out`, writes it there with its chart.
 
     Raises KernelError for an unknown name and where there is no CUDA device that can run the kernels.
@@ -164,18 +166,23 @@ def measure(name: str | None = None, *, out: Path | None = None) -> list[dict[st
         f"{facts.name}: copy {rates[0] / 1e12:.2f} TB/s, bf16 product {rates[1] / 1e12:.0f} TFLOP/s; "
         "forward and backward, bf16"
     )
-    rows = [
-        row(operation, case, device, rates, flush)
+    chosen = [
+        (operation, case)
         for operation in OPERATIONS
         if name in (None, operation.name) and (facts.has_fp8 or "fp8" not in operation.name)
         for case in operation.cases
         if case.measured
     ]
+    rows: list[dict[str, Any]] = []
+    for operation, case in chosen:
+        rows.append(row(operation, case, device, rates, flush))
+        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+        # After every row: what was measured outlasts what stops the rest.
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_result(out, name=out.stem, device=title, columns=COLUMNS, rows=rows, commit=commit)
+            out.with_suffix(".svg").write_text(chart(rows, title), encoding="utf-8")
     Console().print(table(rows, title))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_result(out, name="kernels", device=title, columns=COLUMNS, rows=rows)
-        out.with_suffix(".svg").write_text(chart(rows, title), encoding="utf-8")
     return rows
 
 
@@ -223,9 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the Triton operations against torch on a CUDA device.")
     parser.add_argument("name", nargs="?", choices=[operation.name for operation in OPERATIONS])
     parser.add_argument("--out", type=Path, help="result file (JSON); the chart lies beside it")
+    parser.add_argument("--commit", help="commit of the code, where this copy is no git checkout")
     given = parser.parse_args(arguments)
     try:
-        measure(given.name, out=given.out)
+        measure(given.name, out=given.out, commit=given.commit)
     except KernelError as error:
         parser.error(str(error))
 
