@@ -63,7 +63,7 @@ run() {
       fused-norm-dropout bf16 fp16 fp16-fast fp8-head fp8 tf32 fp32 --out "$out/steps.json" "${commit[@]}" ;;
     rates) rates ;;
     demo) CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=3 python3 -m sabrage study compare demo \
-      demo+model.feedforwards.0.activation=gelu demo+model.mixers.0.qk_norm=false \
+      demo+model.feedforwards.0.activation=relu_squared demo+model.mixers.0.qk_norm=false \
       --seeds 3 --parallel 3 --out "$out/demo" --result "$out/demo.json" ;;
     study) study precisions compare base base-adamw bf16 fp16 fp16-fast fp8-head fp8 tf32 --seeds 1 ;;
     seeds) study base-seeds compare base base+model.head=FusedHead --seeds 3 --target 4.30 ;;

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sabrage.cli import parse
-from sabrage.recipes import find
+from sabrage.cli.train import Train
+from sabrage.recipes import changed, find
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_parts.sh"
 
@@ -26,15 +27,20 @@ def commands(tmp_path):
     return [line.split() for line in (tmp_path / "said").read_text().splitlines()]
 
 
-def test_every_stage_gives_one_command(commands):
-    assert len(commands) == 6
+def test_every_stage_gives_its_commands(commands):
+    told = [" ".join(words[:3]) for words in commands]
+    once = ["-m pytest -m", "-m sabrage.bench.kernels --out", "-m sabrage.bench.step base"]
+    assert {name: told.count(name) for name in once} == dict.fromkeys(once, 1)
+    assert told.count("-m sabrage study") == 2
+    assert told.count("-m sabrage train") == 11
 
 
-def test_the_studies_of_the_script_parse(commands):
-    studies = [words for words in commands if words[:2] == ["-m", "sabrage"]]
-    assert len(studies) == 3
-    for words in studies:
-        parse(words[2:])
+def test_the_runs_and_studies_of_the_script_parse_and_can_run(commands):
+    for words in commands:
+        if words[:2] == ["-m", "sabrage"]:
+            command = parse(words[2:])
+            if isinstance(command, Train):
+                changed(command.recipe, command.set).validate()
 
 
 def test_the_recipes_of_the_script_exist(commands):

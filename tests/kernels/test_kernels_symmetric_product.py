@@ -4,6 +4,7 @@ import torch
 from sabrage.kernels import symmetric_product as room
 from sabrage.kernels.language import KernelError
 from sabrage.kernels.symmetric_product import symmetric_product
+from sabrage.optim.orthogonalise import newton_schulz, polar_express
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
@@ -25,6 +26,14 @@ def test_tiles_off_the_diagonal_are_mirrored_bit_for_bit() -> None:
 def test_a_transposed_matrix_is_read_where_it_lies() -> None:
     tall = matrices(2, 50, 20)
     torch.testing.assert_close(symmetric_product(tall.mT), torch.bmm(tall.mT, tall))
+
+
+@interpreted
+@pytest.mark.parametrize("orthogonalise", [newton_schulz, polar_express])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (70, 40), (3, 33, 33)])
+def test_orthogonalisation_by_halves_is_the_plain_one(orthogonalise, shape) -> None:
+    whole = orthogonalise(matrices(*shape))
+    torch.testing.assert_close(orthogonalise(matrices(*shape), halves=True), whole, atol=1e-4, rtol=1e-4)
 
 
 @interpreted

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 FULL = Muon(normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express")
+HALVES = replace(FULL, backend="triton")
 
 
 def gpt2_parameters(*, dim=256, layers=2, vocab=512, seed=0, dtype=torch.float32):
@@ -65,7 +66,7 @@ def knobs(step):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL])
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL, HALVES])
 def test_the_compiled_update_equals_the_eager_one(part, dtype):
     start = [parameter.detach().float() for _, parameter in gpt2_parameters(dtype=dtype)]
     ends = []
@@ -83,9 +84,10 @@ def test_the_compiled_update_equals_the_eager_one(part, dtype):
         assert error < 0.02
 
 
-def test_changing_knobs_recompile_nothing():
+@pytest.mark.parametrize("part", [FULL, HALVES], ids=["plain", "halves"])
+def test_changing_knobs_recompile_nothing(part):
     named = gpt2_parameters()
-    optimizers = optimizers_of(FULL, named)
+    optimizers = optimizers_of(part, named)
     optimizers.step(knobs(0))
     before = [parameter.detach().clone() for _, parameter in named]
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -96,9 +98,10 @@ def test_changing_knobs_recompile_nothing():
     assert not any(torch.equal(old, new) for old, (_, new) in zip(before, named, strict=True))
 
 
-def test_a_step_never_waits_for_the_device():
+@pytest.mark.parametrize("part", [FULL, HALVES], ids=["plain", "halves"])
+def test_a_step_never_waits_for_the_device(part):
     named = gpt2_parameters()
-    optimizers = optimizers_of(FULL, named)
+    optimizers = optimizers_of(part, named)
     optimizers.step(knobs(0))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

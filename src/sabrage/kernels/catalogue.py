@@ -167,32 +167,6 @@ LINEAR_ACTIVATION = Operation(
 )
 
 
-def _normed_linear_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    tokens, dim, wide = (case.sizes[name] for name in ("N", "D", "F"))
-    matrix_FD = normal(generator, wide, dim, dtype=dtype, scale=dim**-0.5)
-    return {"r_ND": normal(generator, tokens, dim, dtype=dtype, strided=case.strided), "matrix_FD": matrix_FD}
-
-
-NORMED_LINEAR = Operation(
-    name="normed_linear",
-    fused=_alone(linear_activation.normed_linear),
-    plain=_alone(linear_activation.normed_linear_reference),
-    inputs=_normed_linear_inputs,
-    outputs=("y",),
-    gradients=(),
-    cases=(
-        Case("odd", {"N": 63, "D": 40, "F": 217}),
-        Case("strided", {"N": 24, "D": 32, "F": 96}, strided=True),
-        Case("empty", {"N": 0, "D": 32, "F": 64}),
-        Case("GPT-2 qkv", {"N": 65536, "D": 768, "F": 2304}, measured=True),
-    ),
-    memory_bytes=lambda case, size: (
-        size * (case.sizes["N"] * (case.sizes["D"] + case.sizes["F"]) + case.sizes["D"] * case.sizes["F"])
-    ),
-    flops=lambda case: 2 * case.sizes["N"] * case.sizes["D"] * case.sizes["F"],
-)
-
-
 def _symmetric_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     shape = tuple(case.sizes[name] for name in ("S", "M", "K"))
     a_SMK = normal(generator, *shape, dtype=dtype, scale=case.sizes["K"] ** -0.5, strided=case.strided)
@@ -307,7 +281,6 @@ OPERATIONS = (
     CROSS_ENTROPY_FP8,
     RESIDUAL_NORM,
     LINEAR_ACTIVATION,
-    NORMED_LINEAR,
     SYMMETRIC_PRODUCT,
     ORTHOGONALISATION,
     ROTARY_NORM,

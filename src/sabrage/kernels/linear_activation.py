@@ -6,9 +6,6 @@ Forward, act is applied to the tile while it is still in registers. Backward, th
 of act(z), and its epilogue multiplies by act'(z) before anything is written. relu(z)^2 does not keep z:
 act'(z) = 2 relu(z) = 2 sqrt(act(z)), and the root halves the relative rounding error of what is kept. GELU
 keeps z and computes GELU(z) again in the epilogue. The other products are torch's own.
-
-`normed_linear` is the RMSNorm in the load of the product that reads it: r W^T / rms(r), since a row's factor
-commutes with the product.
 """
 
 # Kernels take pointers, which Python has no types for.
@@ -76,31 +73,6 @@ def perceptron(
     learns = torch.is_grad_enabled() and learning
     y_ND, _, _ = _forward(x_ND.flatten(0, -2), up_FD, down_DF, activation, learns)
     return y_ND.view(x_ND.shape)
-
-
-def normed_linear_reference(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """The specification."""
-    wide_ND = r_ND.to(torch.promote_types(r_ND.dtype, torch.float32))
-    n_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(-1, keepdim=True) + eps)
-    return F.linear(n_ND.to(r_ND.dtype), matrix_FD)
-
-
-def normed_linear(r_ND: Tensor, matrix_FD: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """RMSNorm without weights, then the linear layer, in one kernel; forward only."""
-    return _normed(r_ND, matrix_FD, eps)
-
-
-@torch.library.custom_op("sabrage::normed_linear", mutates_args=())
-def _normed(r_ND: Tensor, matrix_FD: Tensor, eps: float) -> Tensor:
-    require(r_ND.device)
-    out_NF = torch.empty((len(r_ND), len(matrix_FD)), device=r_ND.device, dtype=r_ND.dtype)
-    _launch("norm", r_ND.contiguous(), matrix_FD.contiguous(), out_NF, eps=eps)
-    return out_NF
-
-
-@_normed.register_fake
-def _(r_ND: Tensor, matrix_FD: Tensor, eps: float) -> Tensor:
-    return r_ND.new_empty((r_ND.shape[0], matrix_FD.shape[0]))
 
 
 @torch.library.custom_op("sabrage::perceptron", mutates_args=())
@@ -175,7 +147,6 @@ def _launch(
     *,
     second: Tensor | None = None,
     kept: Tensor | None = None,
-    eps: float = 0.0,
 ) -> None:
     (m, k), n = a_MK.shape, out_MN.shape[1]
     if not m:
@@ -190,7 +161,6 @@ def _launch(
         m,
         n,
         k,
-        eps,
         EPILOGUE=epilogue,
         SECOND=second is not None,
         EVEN=m % tile.m == n % tile.n == k % tile.k == 0,
@@ -228,7 +198,6 @@ def _product(
     M,
     N,
     K,
-    eps,
     EPILOGUE: tl.constexpr,
     SECOND: tl.constexpr,
     EVEN: tl.constexpr,
@@ -256,7 +225,6 @@ def _product(
         b_tile = b + columns[None, :] * K + depth[:, None]
         b_step = BLOCK_K
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start_k in range(0, K, BLOCK_K):
         if EVEN:
             left, right = tl.load(a_tile), tl.load(b_tile)
@@ -265,8 +233,6 @@ def _product(
             left = tl.load(a_tile, mask=row_in[:, None] & depth_in[None, :], other=0.0)
             right = tl.load(b_tile, mask=depth_in[:, None] & column_in[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-        if EPILOGUE == "norm":
-            squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), 1)
         a_tile += BLOCK_K
         b_tile += b_step
     # 64-bit places for a whole tile would spill: the tile's corner is 64 bits wide, places within it 32.
@@ -285,10 +251,8 @@ def _product(
             tl.store(second + corner + places, total.to(second.dtype.element_ty), mask=inside)
         share, _ = _normal(total)
         result = total * share
-    elif EPILOGUE == "gelu_back":
+    else:
         share, density = _normal(held)
         tl.store(second + corner + places, (held * share).to(second.dtype.element_ty), mask=inside)
         result = total * (share + held * density)
-    else:
-        result = total * tl.rsqrt(squares / K + eps)[:, None]
     tl.store(out + corner + places, result.to(out.dtype.element_ty), mask=inside)

@@ -182,7 +182,7 @@ def _residual_norm(capability: tuple[int, int]) -> list[Build]:
 def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) -> Build:
     tile = linear_activation.tile_for(capability, torch.bfloat16, epilogue)
     types = dict.fromkeys(("a", "b", "out", "second", "kept"), "*bf16")
-    types |= dict.fromkeys(("M", "N", "K"), "i32:16") | {"eps": "fp32"}
+    types |= dict.fromkeys(("M", "N", "K"), "i32:16")
     constants = {"EPILOGUE": epilogue, "SECOND": second, "EVEN": True, "PRECISION": "tf32"}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": linear_activation.GROUP}
     kernel = linear_activation._product
@@ -192,12 +192,7 @@ def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) 
 def _linear_activation(capability: tuple[int, int]) -> list[Build]:
     forward = [("relu_squared", False), ("gelu", True)]
     return [
-        _product_build(capability, "norm", second=False),
-        *(
-            _product_build(capability, name + way, second=kept)
-            for name, kept in forward
-            for way in ("", "_back")
-        ),
+        _product_build(capability, name + way, second=kept) for name, kept in forward for way in ("", "_back")
     ]
 
 

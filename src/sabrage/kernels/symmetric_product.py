@@ -34,7 +34,8 @@ def symmetric_product_reference(
 ) -> Tensor:
     """The specification."""
     if addend_SMM is None:
-        return alpha * torch.bmm(a_SMK, a_SMK.mT)
+        product_SMM = torch.bmm(a_SMK, a_SMK.mT)
+        return product_SMM if alpha == 1.0 else alpha * product_SMM
     return torch.baddbmm(addend_SMM, a_SMK, a_SMK.mT, alpha=alpha, beta=beta)
 
 

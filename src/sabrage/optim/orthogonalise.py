@@ -14,6 +14,8 @@ Shapes: X any leading dimensions (or none), M rows, N columns.
 import torch
 from torch import Tensor
 
+from sabrage.kernels.symmetric_product import symmetric_product, symmetric_product_reference
+
 Quintic = tuple[float, float, float]
 
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024): steepest at zero, and
@@ -43,28 +45,39 @@ def polar_express_coefficients(steps: int) -> tuple[Quintic, ...]:
     return tuple((safe + [POLAR_EXPRESS[-1]] * max(steps - len(safe), 0))[:steps])
 
 
-def newton_schulz(g_XMN: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz(
+    g_XMN: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None, halves: bool = False
+) -> Tensor:
     """Keller Jordan's quintic, `steps` times; the result has the shape of `g_XMN` and the type `dtype`.
 
     After 5 steps every singular value that was at least 0.002 of the Frobenius norm lies in [0.68, 1.21];
     smaller ones end lower and zero stays zero. `dtype` is what the products are computed in: bfloat16 on
-    CUDA and float32 elsewhere unless given.
+    CUDA and float32 elsewhere unless given. With `halves` the two symmetric products of a round come from a
+    Triton kernel that multiplies half of each.
     """
-    return _iterate(g_XMN, (JORDAN,) * steps, headroom=1.0, dtype=dtype)
+    return _iterate(g_XMN, (JORDAN,) * steps, headroom=1.0, dtype=dtype, halves=halves)
 
 
-def polar_express(g_XMN: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """The Polar Express, `steps` rounds; shape, type and `dtype` as in `newton_schulz`.
+def polar_express(
+    g_XMN: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None, halves: bool = False
+) -> Tensor:
+    """The Polar Express, `steps` rounds; shape, type, `dtype` and `halves` as in `newton_schulz`.
 
     After 5 steps every singular value that was at least 0.002 of the Frobenius norm lies in [0.87, 1.13],
     after 6 in [0.99, 1.01]; smaller ones end lower and zero stays zero.
     """
-    return _iterate(g_XMN, polar_express_coefficients(steps), headroom=SAFETY, dtype=dtype)
+    return _iterate(g_XMN, polar_express_coefficients(steps), headroom=SAFETY, dtype=dtype, halves=halves)
 
 
 def _iterate(
-    g_XMN: Tensor, coefficients: tuple[Quintic, ...], *, headroom: float, dtype: torch.dtype | None
+    g_XMN: Tensor,
+    coefficients: tuple[Quintic, ...],
+    *,
+    headroom: float,
+    dtype: torch.dtype | None,
+    halves: bool,
 ) -> Tensor:
+    multiply = symmetric_product if halves else symmetric_product_reference
     if dtype is None:
         dtype = torch.bfloat16 if g_XMN.is_cuda else torch.float32
     rows, columns = g_XMN.shape[-2:]
@@ -75,8 +88,8 @@ def _iterate(
     if rows > columns:
         x_SMN = x_SMN.mT
     for a, b, c in coefficients:
-        gram_SMM = torch.bmm(x_SMN, x_SMN.mT)
-        polynomial_SMM = torch.baddbmm(gram_SMM, gram_SMM, gram_SMM, beta=b, alpha=c)
+        gram_SMM = multiply(x_SMN)
+        polynomial_SMM = multiply(gram_SMM, gram_SMM, alpha=c, beta=b)
         x_SMN = torch.baddbmm(x_SMN, polynomial_SMM, x_SMN, beta=a)
     if rows > columns:
         x_SMN = x_SMN.mT

@@ -27,8 +27,8 @@ base = replace(
         feedforwards=(Mlp(activation="relu_squared", zero_init=True),),
     ),
     optim=(
-        OptimizerGroup(pattern=MATRICES, optimizer=Muon(lr=0.02)),
-        OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.0018)),
+        OptimizerGroup(pattern=MATRICES, optimizer=Muon(lr=0.03)),
+        OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.0054)),
     ),
     plan=Plan(
         steps=360,

@@ -24,7 +24,7 @@ demo = Recipe(
         vocab_size=257,
         embedding=TokenTable(),
         mixers=(MultiHead(heads=4, qk_norm=True, zero_init=True),),
-        feedforwards=(Mlp(activation="relu_squared", zero_init=True),),
+        feedforwards=(Mlp(activation="gelu", zero_init=True),),
         wiring=Residual(mixer_scale="depth"),
         head=LinearHead(),
     ),
