@@ -66,9 +66,12 @@ class Case:
         )
         return KNOWS[backend].issuperset(needs) and not self.positions
 
-    def run(self, backend, *, dtype=torch.float32, device="cpu", attention=attend):
-        """The output and the gradients of q, k, v and of what the scores learn, by name."""
-        *qkv, pull = self.inputs(dtype, device)
+    def run(self, backend, *, dtype=torch.float32, rounded=None, device="cpu", attention=attend):
+        """The output and the gradients of q, k, v and of what the scores learn, by name.
+
+        Inputs are rounded to the precision `rounded` first.
+        """
+        *qkv, pull = (x.to(dtype) for x in self.inputs(rounded or dtype, device))
         learning, modules = [x.requires_grad_() for x in qkv], self.modules(device)
         learned = [parameter for module in modules for parameter in module.parameters()]
         out = attention(*learning, self.context(device), backend=backend, window=self.window, scores=modules)

@@ -67,7 +67,7 @@ def flex(
 @cache
 def compiled_flex() -> Callable:
     """FlexAttention as a graph of its own; uncompiled it would hold every score in memory."""
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 @torch.compiler.assume_constant_result
