@@ -18,6 +18,8 @@ from sabrage.context import Context
 
 MODULES = {"fa3": "kernels", "fa4": "flash_attn.cute"}
 FA3_BUILD = ("kernels-community/flash-attn3", 1)
+# What has been loaded, by the backend's name; compiled code finds it here.
+FUNCTIONS: dict[str, Any] = {}
 
 
 def run(name: str, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGX: Tensor, *, window: int | None) -> Tensor:
@@ -28,23 +30,18 @@ def run(name: str, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGX: Tensor, *, window: in
     if name == "fa4":
         return fa4(q, k, v, scale, left)[0][..., :width]
     reach = (-1 if left is None else left, 0)
-    out = fa3_function()(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
+    out = fa3()(q, k, v, softmax_scale=scale, causal=True, window_size=reach)
     return (out[0] if isinstance(out, tuple) else out)[..., :width]
 
 
-@torch.compiler.assume_constant_result
-def fa3_function() -> Any:
-    """The package's function."""
-    return fetched()
+def fa3() -> Any:
+    """The package's function, from the hub where it is not there yet."""
+    if "fa3" not in FUNCTIONS:
+        from kernels import get_kernel
 
-
-@cache
-def fetched() -> Any:
-    """The same, from the hub where it is not there yet."""
-    from kernels import get_kernel
-
-    repository, version = FA3_BUILD
-    return get_kernel(repository, version=version).flash_attn_func
+        repository, version = FA3_BUILD
+        FUNCTIONS["fa3"] = get_kernel(repository, version=version).flash_attn_func
+    return FUNCTIONS["fa3"]
 
 
 @torch.library.custom_op("sabrage::flash_attention_4", mutates_args=())
