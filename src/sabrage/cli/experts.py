@@ -49,7 +49,7 @@ class Experts:
         from sabrage.cli.choose import model_of_run, named_device, tokenizer_of
         from sabrage.cli.console import say
         from sabrage.config import ConfigError
-        from sabrage.report.experts import PAGE, table, verdict, write_experts
+        from sabrage.report.experts import MEASURES, PAGE, table, verdict, write_experts
         from sabrage.run.folder import read_run, write_json
         from sabrage.study.experts import count_choices, examine, read_kinds
 
@@ -68,9 +68,10 @@ class Experts:
         counts = list(track(counting, "reading", total=len(documents), transient=True))
         found = examine(documents, counts)
         titles, rows = table(found)
-        shown = Table(*titles, box=None)
+        # Who takes each kind is a column for each, and too wide for a terminal.
+        shown = Table(*titles[:MEASURES], box=None)
         for row in rows:
-            shown.add_row(*row)
+            shown.add_row(*row[:MEASURES])
         Console().print(shown)
         say(verdict(found), markup=False)
         page = write_experts(found, read_run(self.run_folder), out=self.out or self.run_folder / PAGE)

@@ -16,8 +16,10 @@ from sabrage.run.folder import Run
 
 PAGE = "experts.html"
 SIGNIFICANT = 0.05
-# Sizes of a picture: a cell, the bars of the load above the cells, and the names to their left.
-CELL_WIDTH, CELL_HEIGHT, BARS, NAMES = 44, 24, 60, 110
+# Sizes of a picture: the cells, the bars of the load above them, the names to their left, and the widest row.
+CELL_HEIGHT, BARS, NAMES, WIDEST = 24, 60, 110, 700
+# Columns of the table before those of the kinds.
+MEASURES = 6
 READINGS = {
     "router_entropy": "Entropy of a token's scores, of the largest",
     "load_entropy": "Entropy of the load, of the largest",
@@ -36,6 +38,7 @@ def write_experts(found: Mapping[str, Any], run: Run, *, out: Path) -> Path:
         sentence=verdict(found),
         titles=titles,
         rows=rows,
+        measures=MEASURES,
         shuffles=found["shuffles"],
         pictures=[(f"Layer {layer['layer']}", picture(found, layer)) for layer in found["layers"]],
         charts=list(_charts(run)),
@@ -95,31 +98,36 @@ def table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def picture(found: Mapping[str, Any], layer: Mapping[str, Any]) -> Markup:
     """The load of each expert as bars, and below them the share of each kind that it takes, as SVG."""
     load, kinds = layer["load"], found["kinds"]
-    width, bottom = NAMES + CELL_WIDTH * len(load) + 6, BARS + 22
+    cell = min(44.0, WIDEST / len(load))
+    width, bottom = NAMES + cell * len(load) + 6, BARS + 22
     height = bottom + CELL_HEIGHT * len(kinds) + 4
     parts = [
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="experts of layer '
-        f'{layer["layer"]} by kind of text">',
+        f'<svg class="chart" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
+        f'aria-label="experts of layer {layer["layer"]} by kind of text">',
         f'<text x="{NAMES - 8}" y="{BARS}" text-anchor="end">load</text>',
     ]
     for expert, share in enumerate(load):
-        x, tall = NAMES + CELL_WIDTH * expert, (BARS - 14) * share / max(load)
+        x, tall = NAMES + cell * expert, (BARS - 14) * share / max(load)
         parts.append(
-            f'<rect class="c0 share" x="{x + 8}" y="{BARS - tall:.1f}" width="{CELL_WIDTH - 16}" '
+            f'<rect class="c0 share" x="{x + cell / 6:.1f}" y="{BARS - tall:.1f}" width="{cell / 1.5:.1f}" '
             f'height="{tall:.1f}"><title>expert {expert}: {share:.1%} of all tokens</title></rect>'
-            f'<text x="{x + CELL_WIDTH / 2}" y="{BARS + 15}" text-anchor="middle">{expert}</text>'
         )
+        if cell > 16:
+            place = f'x="{x + cell / 2:.1f}" y="{BARS + 15}" text-anchor="middle"'
+            parts.append(f"<text {place}>{expert}</text>")
     for row, (kind, shares) in enumerate(zip(kinds, layer["shares"], strict=True)):
         y, name = bottom + CELL_HEIGHT * row, escape(kind["name"])
         parts.append(f'<text x="{NAMES - 8}" y="{y + 16}" text-anchor="end">{name}</text>')
         for expert, share in enumerate(shares):
-            x = NAMES + CELL_WIDTH * expert
+            x = NAMES + cell * expert
             parts.append(
-                f'<rect class="c1 share" x="{x + 1}" y="{y + 1}" width="{CELL_WIDTH - 2}" '
+                f'<rect class="c1 share" x="{x + 1:.1f}" y="{y + 1}" width="{cell - 2:.1f}" '
                 f'height="{CELL_HEIGHT - 2}" fill-opacity="{share:.3f}"><title>{name}: {share:.1%} to expert '
                 f"{expert}</title></rect>"
-                f'<text x="{x + CELL_WIDTH / 2}" y="{y + 16}" text-anchor="middle">{100 * share:.0f}</text>'
             )
+            if cell > 16:
+                place = f'x="{x + cell / 2:.1f}" y="{y + 16}" text-anchor="middle"'
+                parts.append(f"<text {place}>{100 * share:.0f}</text>")
     return Markup("".join(parts) + "</svg>")
 
 
