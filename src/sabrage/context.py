@@ -49,7 +49,8 @@ class Cache(Protocol):
 class Context:
     """What a part may know beside its input: absolute positions (None: 0 to T-1), documents, the cache.
 
-    `window` is the plan's, as in `Knobs`. In training a part may add terms to the loss with `add_loss`.
+    `window` is the plan's, as in `Knobs`. In training a part may add terms to the loss with `add_loss`, and
+    numbers to the log with `note`.
     """
 
     positions_BT: Tensor | None = None
@@ -57,6 +58,7 @@ class Context:
     cache: Cache | None = None
     window: int | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    readings: dict[str, list[Tensor]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -68,3 +70,7 @@ class Context:
     def add_loss(self, name: str, term: Tensor) -> None:
         """Adds a 0-D term, weighted by the part that brings it; terms of one name are summed over layers."""
         self.losses[name] = self.losses[name] + term if name in self.losses else term
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Shows a 0-D number in the log; those of one name are averaged over layers."""
+        self.readings.setdefault(name, []).append(value.detach())

@@ -84,6 +84,10 @@ class FeedForward(Part, ABC):
     def flops(self, dim: int) -> int:
         """Matrix-product FLOPs of one token's forward pass."""
 
+    def idle(self, dim: int) -> int:
+        """Learned numbers that one token does not use; none where all see every token."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring(Part, ABC):

@@ -1,4 +1,7 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +35,19 @@ def write(trained, capsys):
         return capsys.readouterr().out
 
     return text
+
+
+def test_a_fresh_process_knows_the_parts_of_a_run(trained, tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from sabrage.cli.choose import recipe_of_run
+print(recipe_of_run(Path(sys.argv[1])).name)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "demo\n"
 
 
 def test_the_seed_decides_the_text(write):

@@ -11,6 +11,7 @@ from sabrage.cli.check import Check
 from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
 from sabrage.cli.evaluate import Eval
+from sabrage.cli.experts import Experts
 from sabrage.cli.export import Export
 from sabrage.cli.generate import Generate
 from sabrage.cli.report import Report, Watch
@@ -35,6 +36,7 @@ Command = (
     | Annotated[Study, tyro.conf.subcommand("study")]
     | Annotated[Submit, tyro.conf.subcommand("submit")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Experts, tyro.conf.subcommand("experts")]
     | Annotated[Watch, tyro.conf.subcommand("watch")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Data, tyro.conf.subcommand("data")]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+# A run's parts must be known before its recipe is read.
+import sabrage.recipes  # noqa: F401
 from sabrage.config import ConfigError, from_json, leaves
 from sabrage.model.lm import LM
 from sabrage.parts import Tokenizer

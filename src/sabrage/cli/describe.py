@@ -72,13 +72,14 @@ class Show:
 
 def show_costs(recipe: "Recipe") -> None:
     """Parameters, FLOPs, tokens and memory by micro-batch."""
-    from sabrage.model.counts import flops_per_token, memory_estimate, num_parameters
+    from sabrage.model.counts import flops_per_token, memory_estimate, num_active, num_parameters
     from sabrage.run.units import count, size
 
     length = recipe.plan.at(0).sequence_length
     tokens = recipe.plan.tokens()
     flops = flops_per_token(recipe.model, length)
     print(f"parameters        {num_parameters(recipe.model):,}")
+    print(f"active parameters {num_active(recipe.model):,} (those that one token uses)")
     print(f"FLOPs per token   {flops:,} (forward and backward matrix products, {length:,} tokens of context)")
     print(f"tokens needed     {tokens:,} ({tokens / 1e8:.2f} shards of 100M)")
     print(f"FLOPs in all      {count(flops * tokens)}")

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rotary_norm, symmetric_product
+from sabrage.kernels import (
+    cross_entropy,
+    grouped_product,
+    linear_activation,
+    residual_norm,
+    rotary_norm,
+    symmetric_product,
+)
 from sabrage.kernels.cases import Case, Operation, normal
 
 
@@ -276,6 +283,57 @@ ROTARY_NORM = Operation(
 )
 
 
+def _grouped_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Groups of random sizes; where there are more than two, the second one is empty."""
+    rows, dim, wide, experts = (case.sizes[name] for name in ("M", "D", "O", "E"))
+    device = generator.device
+    numbers_M = torch.randint(0, experts, (rows,), generator=generator, device=device)
+    if experts > 2:
+        numbers_M = numbers_M.masked_fill(numbers_M == 1, 0)
+    load_E = (numbers_M[:, None] == torch.arange(experts, device=device)).sum(0)
+    return {
+        "x_MD": normal(generator, rows, dim, dtype=dtype, strided=case.strided),
+        "weight_EOD": normal(
+            generator, experts, wide, dim, dtype=dtype, scale=dim**-0.5, strided=case.strided
+        ),
+        "ends_E": load_E.cumsum(0).to(torch.int32),
+    }
+
+
+def _grouped_rival(x_MD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> tuple[Tensor]:
+    """torch's own, which like the kernel does not ask the host where it is fast."""
+    return (F.grouped_mm(x_MD, weight_EOD.mT, offs=ends_E),)
+
+
+GROUPED_PRODUCT = Operation(
+    name="grouped_product",
+    fused=_alone(grouped_product.grouped_product),
+    plain=_alone(grouped_product.grouped_product_reference),
+    rival=_grouped_rival,
+    inputs=_grouped_inputs,
+    outputs=("y",),
+    gradients=("x_MD", "weight_EOD"),
+    cases=(
+        Case("odd", {"M": 150, "D": 40, "O": 72, "E": 3}),
+        Case("many small groups", {"M": 70, "D": 32, "O": 48, "E": 17}),
+        Case("strided", {"M": 64, "D": 32, "O": 64, "E": 2}, strided=True),
+        Case("empty", {"M": 0, "D": 32, "O": 48, "E": 4}),
+        Case("eight experts, up", {"M": 65536, "D": 768, "O": 3072, "E": 8}, measured=True),
+        Case("eight experts, down", {"M": 65536, "D": 3072, "O": 768, "E": 8}, measured=True),
+        Case("64 small experts, 4 active", {"M": 262144, "D": 768, "O": 768, "E": 64}, measured=True),
+    ),
+    memory_bytes=lambda case, size: (
+        size
+        * 3
+        * (
+            case.sizes["M"] * (case.sizes["D"] + case.sizes["O"])
+            + case.sizes["E"] * case.sizes["D"] * case.sizes["O"]
+        )
+    ),
+    flops=lambda case: 6 * case.sizes["M"] * case.sizes["D"] * case.sizes["O"],
+)
+
+
 OPERATIONS = (
     CROSS_ENTROPY,
     CROSS_ENTROPY_FP8,
@@ -284,4 +342,5 @@ OPERATIONS = (
     SYMMETRIC_PRODUCT,
     ORTHOGONALISATION,
     ROTARY_NORM,
+    GROUPED_PRODUCT,
 )

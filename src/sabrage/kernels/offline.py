@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 
-from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rotary_norm, symmetric_product
+from sabrage.kernels import (
+    cross_entropy,
+    grouped_product,
+    linear_activation,
+    residual_norm,
+    rotary_norm,
+    symmetric_product,
+)
 from sabrage.kernels.language import KernelError, triton
 
 CAPABILITIES = ((8, 6), (8, 9), (9, 0))
@@ -225,9 +232,41 @@ def _rotary(capability: tuple[int, int]) -> list[Build]:
     ]
 
 
+def _grouped(capability: tuple[int, int]) -> list[Build]:
+    tile = grouped_product.tile_for(capability, torch.bfloat16)
+    constants = {"EVEN": True, "PRECISION": "tf32"}
+    rows = dict.fromkeys(("x", "weight", "out"), "*bf16") | {"ends": "*i32", "tiles_m": "i32"}
+    rows |= {"N": "i32:16", "K": "i32:16", "experts": "i32"}
+    sizes = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "EXPERTS": 8}
+    sums = dict.fromkeys(("a", "b", "out"), "*bf16") | {"ends": "*i32", "N": "i32:16", "K": "i32:16"}
+    return [
+        *(
+            Build(
+                f"grouped product{', back' if back else ''}",
+                grouped_product._rows,
+                rows,
+                constants | sizes | {"BACK": back, "GROUP": grouped_product.GROUP},
+                tile.num_warps,
+                tile.num_stages,
+                192,
+            )
+            for back in (False, True)
+        ),
+        Build(
+            "grouped product, gradient of weights",
+            grouped_product._sums,
+            sums,
+            constants | {"BLOCK_N": tile.m, "BLOCK_K": tile.n, "BLOCK_M": tile.k},
+            tile.num_warps,
+            tile.num_stages,
+            192,
+        ),
+    ]
+
+
 def builds(capability: tuple[int, int]) -> list[Build]:
     """Every kernel as training would launch it on a GPT-2-sized model."""
-    makers = (_cross_entropy, _residual_norm, _linear_activation, _symmetric, _rotary)
+    makers = (_cross_entropy, _residual_norm, _linear_activation, _symmetric, _rotary, _grouped)
     return [build for maker in makers for build in maker(capability)]
 
 

@@ -23,6 +23,11 @@ def num_parameters(spec: ModelSpec) -> int:
         return sum(parameter.numel() for parameter in LM(spec).parameters())
 
 
+def num_active(spec: ModelSpec) -> int:
+    """Learned numbers that one token uses: all but those of the experts that do not take it."""
+    return num_parameters(spec) - sum(spec.feedforward(layer).idle(spec.dim) for layer in range(spec.layers))
+
+
 def flops_per_token(spec: ModelSpec, sequence_length: int) -> int:
     """Matrix-product FLOPs of one token's forward and backward pass (backward counted as twice forward)."""
     layers = range(spec.layers)

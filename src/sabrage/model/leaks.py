@@ -27,8 +27,9 @@ SMALLEST_BORDER = 64
 
 
 def border_of(spec: ModelSpec) -> int:
-    """The longest block that a mixer cuts time into, and never less than 64."""
-    sizes = [size for path, size in leaves(spec.mixers) if "block" in path.rpartition(".")[2]]
+    """The longest block that a part of a layer cuts time into, and never less than 64."""
+    layers = (spec.mixers, spec.feedforwards)
+    sizes = [size for path, size in leaves(layers) if "block" in path.rpartition(".")[2]]
     return max([SMALLEST_BORDER, *(size for size in sizes if isinstance(size, int))])
 
 

@@ -7,14 +7,19 @@ from sabrage.recipe import Recipe
 from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
+from sabrage.recipes.experts import experts
 from sabrage.recipes.fused import fused
 from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions, *attention)
-}
+GROUPS = (
+    (nocap, nocap_mini, demo, base, base_adamw, muon),
+    fused,
+    precisions,
+    attention,
+    experts,
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 
 
 def find(name: str) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from sabrage.config import diff, to_json
-from sabrage.model.counts import flops_per_token, num_parameters
+from sabrage.model.counts import flops_per_token, num_active, num_parameters
 from sabrage.model.legality import Legality
 from sabrage.parts import Corpus, Knobs
 from sabrage.recipe import Recipe
@@ -89,6 +89,7 @@ class Recorder:
         return made | {
             "track": self.corpus.track,
             "parameters": num_parameters(self.recipe.model),
+            "active_parameters": num_active(self.recipe.model),
             "processes": self.world.size,
             "legality": self.legality.to_json() if self.legality else None,
         }

@@ -17,6 +17,7 @@ class Learner(nn.Module):
     """Everything that learns: the model and whatever the objective adds.
 
     forward(tokens_BT, targets_BT, documents_BT, loss_weights_W) -> (total loss, named parts), both in nats.
+    The parts hold what was noted for the log as well.
     """
 
     def __init__(self, model: LM, objective: nn.Module, precision: Precision, device: torch.device) -> None:
@@ -38,7 +39,8 @@ class Learner(nn.Module):
             h_BTD = self.model(tokens_BT, context)
             batch = Batch(tokens_BT, targets_BT, documents_BT)
             loss = self.objective(h_BTD, batch, self.model, loss_weights_W)
-        return sum(context.losses.values(), loss.total), loss.parts | context.losses
+        noted = {name: torch.stack(values).mean() for name, values in context.readings.items()}
+        return sum(context.losses.values(), loss.total), loss.parts | context.losses | noted
 
 
 def compiled(function: Callable, wanted: bool) -> Callable:
@@ -55,6 +57,8 @@ class TrainStep:
         self.learner, self.optimizers, self.world = learner, optimizers, world
         self.micro_tokens = micro_tokens
         self.forward = compiled(learner, compile)
+        # What the newest micro-batch showed beside its loss, on the device.
+        self.parts: dict[str, Tensor] = {}
 
     def __call__(self, batch: Batch, knobs: Knobs) -> Tensor:
         rows = micro_rows(batch.tokens_BT.shape, self.micro_tokens)
@@ -75,9 +79,10 @@ class TrainStep:
         scaler, found_inf = self.learner.scaler, None
         mean = torch.zeros((), device=device)
         for tokens_BT, targets_BT, documents_BT in pieces:
-            total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
+            total, parts = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
             (total / count if scaler is None else total / count * scaler.scale).backward()
             mean += total.detach() / count
+        self.parts = {name: part.detach() for name, part in parts.items()}
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         self.world.average(gradients)
         if scaler is not None:
@@ -88,8 +93,10 @@ class TrainStep:
         return mean
 
     def readings(self) -> dict[str, float]:
-        """What the log shows of the precision's state; waits for the device where there is any."""
-        return {} if self.learner.scaler is None else self.learner.scaler.readings()
+        """What the log shows of the newest micro-batch and of the precision's state; waits for the device."""
+        values = torch.stack(list(self.parts.values())).tolist() if self.parts else []
+        state = {} if self.learner.scaler is None else self.learner.scaler.readings()
+        return dict(zip(self.parts, values, strict=True)) | state
 
 
 @cache

@@ -1,0 +1,58 @@
+"""Mixtures of experts in every layer of the study base, at the FLOPs a token costs there, but for the gate.
+
+The two of the brief have a softmax gate and the auxiliary loss. The eights have a sigmoid gate, which starts
+at a half however many experts there are, and are balanced by the bias alone. Muon moves each expert as a
+matrix of its own, AdamW the gates.
+"""
+
+from dataclasses import replace
+
+from sabrage.feedforward.moe import MixtureOfExperts
+from sabrage.feedforward.routing import Gate
+from sabrage.optim.adamw import AdamW
+from sabrage.optim.sign_descent import SignDescent
+from sabrage.parts import OptimizerGroup
+from sabrage.recipe import Recipe
+from sabrage.recipes.base import base
+
+TOKEN = Gate(balance_loss=0.01, z_loss=0.001)
+CONTEXT = replace(TOKEN, block=64)
+EVEN = Gate(scores="sigmoid", z_loss=0.0001)
+
+
+def _variant(name: str, summary: str, part: MixtureOfExperts, *, bias_rate: float) -> Recipe:
+    groups = (
+        OptimizerGroup(pattern=r"router\.bias$", optimizer=SignDescent(lr=bias_rate)),
+        OptimizerGroup(pattern=r"router\.weight$", optimizer=AdamW(lr=0.0018, weight_decay=0.0)),
+        *base.optim,
+    )
+    model = replace(base.model, feedforwards=(replace(part, zero_init=True),))
+    return replace(base, name=name, summary=summary, model=model, optim=groups)
+
+
+experts = (
+    _variant(
+        "moe-2",
+        "base with two experts, a token goes to one: softmax gate, auxiliary loss",
+        MixtureOfExperts(experts=2, gate=TOKEN),
+        bias_rate=0.0,
+    ),
+    _variant(
+        "moe-2-context",
+        "moe-2 with stretches of 64 tokens that go together, by the text so far",
+        MixtureOfExperts(experts=2, gate=CONTEXT),
+        bias_rate=0.0,
+    ),
+    _variant(
+        "moe-8",
+        "base with eight experts, a token goes to one: sigmoid gate, balanced by a bias",
+        MixtureOfExperts(gate=EVEN),
+        bias_rate=0.001,
+    ),
+    _variant(
+        "moe-8-shared",
+        "moe-8 with experts half as wide beside one of that width that takes every token",
+        MixtureOfExperts(gate=EVEN, expansion=2.0, shared=2),
+        bias_rate=0.001,
+    ),
+)
