@@ -63,6 +63,28 @@ def test_without_further_weights_loss_and_gradients_are_those_of_the_next_token(
     assert all(torch.equal(own[1][key], gradient) for key, gradient in plain[1].items())
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter runs kernels on machines without a GPU"
+)
+@pytest.mark.parametrize("name", ["shared", "prefix"])
+def test_the_fused_kernel_scores_several_sets_as_the_plain_head_does(tiny, one_thread, name):
+    pytest.importorskip("triton")
+    part, given = OBJECTIVES[name], batch(rows=1, documents=True)
+    fused, next_token = FusedHead(backend="triton"), replace(tiny, objective=NextToken())
+    weights_W = torch.tensor([1.0, 0.5, 0.25][: part.num_weights()])
+    plain = loss_and_gradients(learner_of(weighted(tiny, part)), given, weights_W)
+    own = loss_and_gradients(learner_of(weighted(with_head(tiny, fused), part)), given, weights_W)
+    torch.testing.assert_close(own[0], plain[0], rtol=1e-5, atol=0)
+    for key, gradient in plain[1].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(own[1][key], gradient, rtol=1e-3, atol=1e-5 * scale, msg=key)
+    neutral_W = (torch.arange(part.num_weights()) == 0).float()
+    neutral = loss_and_gradients(learner_of(weighted(with_head(tiny, fused), part)), given, neutral_W)
+    expected = loss_and_gradients(learner_of(with_head(next_token, fused)), given, None)
+    assert torch.equal(neutral[0], expected[0])
+    assert all(torch.equal(neutral[1][key], gradient) for key, gradient in expected[1].items())
+
+
 def specified(learner, given, name, weights):
     """The total of an objective with one hidden state, token by token in fp64."""
     targets = {distance: ahead(given, distance) for distance in (1, 2, 3)}
