@@ -1,6 +1,7 @@
 """Speculation changes the speed and nothing else: greedy tokens, distributions, ends and refusals."""
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
@@ -255,6 +256,21 @@ def test_the_command_writes_the_same_text_and_says_how_many_drafts_were_kept(run
     assert tokens == kept + passes
     assert passes >= drafted > 0
     assert plain.err == ""
+
+
+def test_the_benchmark_compares_both_ways_of_decoding(runs, capsys):
+    out = runs / "results" / "speculation.json"
+    size = ["--prompts", "2", "--max-tokens", "30", "--device", "cpu"]
+    assert main(["bench", "speculate", str(runs / "drafting"), "--out", str(out), *size]) == 0
+    result = json.loads(out.read_text())
+    greedy, sampled = result["rows"]
+    assert (result["name"], greedy["temperature"], sampled["temperature"]) == ("speculation", 0, 1)
+    assert greedy["same"] == 1
+    for row in (greedy, sampled):
+        assert row["speed_up"] == pytest.approx(row["speculated"] / row["plain"])
+        # The last pass of a text drafts nothing.
+        assert row["tokens_per_pass"] == pytest.approx(1 + row["acceptance"], abs=0.1)
+    assert {column["key"] for column in result["columns"]} == greedy.keys()
 
 
 def test_a_run_without_a_drafting_module_is_refused(runs, capsys):
