@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from sabrage.config import leaves, override
+from sabrage.config import PartType, leaves, override
 from sabrage.context import Context
 from sabrage.data.embedded import EmbeddedText
 from sabrage.generate.cache import DenseCache, streams_of
@@ -26,20 +26,32 @@ TINY = {"heads": 2, "kv_heads": 1, "max_length": 128, "window": 24, "block": 16}
 
 def shrink(recipe: Recipe) -> Recipe:
     """The recipe with 2 layers (or one of every part), width 64, 257 tokens, 4 steps of 4 rows of 64."""
-    model = recipe.model
-    for path, value in leaves(model):
-        name = path.rpartition(".")[2]
-        if name in TINY and isinstance(value, int):
-            model = override(model, f"{path}={min(value, TINY[name])}")
+    model, objective = tiny(recipe.model), tiny(recipe.objective)
     layers = max(2, len(model.mixers), len(model.feedforwards))
     return replace(
         recipe,
         data=EmbeddedText(block_tokens=LENGTH),
         model=replace(model, layers=layers, dim=64, vocab_size=257),
-        plan=Plan(steps=4, lr=recipe.plan.lr, tokens_per_step=4 * LENGTH, sequence_length=LENGTH),
+        objective=objective,
+        plan=Plan(
+            steps=4,
+            lr=recipe.plan.lr,
+            tokens_per_step=4 * LENGTH,
+            sequence_length=LENGTH,
+            loss_weights=recipe.plan.loss_weights,
+        ),
         precision=Fp32(),
         budget=Budget(evaluate_every=0, evaluation_tokens=512, evaluation_length=LENGTH),
     )
+
+
+def tiny(part: PartType) -> PartType:
+    """The part with the sizes of TINY, where they are smaller."""
+    for path, value in leaves(part):
+        name = path.rpartition(".")[2]
+        if name in TINY and isinstance(value, int):
+            part = override(part, f"{path}={min(value, TINY[name])}")
+    return part
 
 
 def build(spec: ModelSpec) -> LM:

@@ -112,7 +112,9 @@ class Embedding(Part, ABC):
 class Head(Part, ABC):
     """Vectors to predictions: `forward(h_BTD) -> logits_BTV`, `loss(h_BTD, targets_BT) -> mean nats`.
 
-    Targets of -1 are left out of the mean. With `tied` the model shares the embedding's table with it.
+    Targets of -1 are left out of the mean. `losses(h_BTD, targets_BTW, weights_W) -> (weighted total, mean of
+    each of W sets of targets)` makes the logits once; a set without a target counts 0. With `tied` the model
+    shares the embedding's table with it.
     """
 
     tied: bool = True
@@ -132,6 +134,10 @@ class Loss:
     total: Tensor
     parts: dict[str, Tensor]
 
+    def plus(self, terms: dict[str, Tensor]) -> "Loss":
+        """With named terms added to both."""
+        return Loss(sum(terms.values(), self.total), self.parts | terms)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Part, ABC):
@@ -143,6 +149,30 @@ class Objective(Part, ABC):
 
     @abstractmethod
     def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
+
+    def num_weights(self) -> int:
+        """How many loss weights the plan has to give."""
+        return 0
+
+    def extra_heads(self) -> int:
+        """Passes of the head beside the model's own, each with a block before it."""
+        return 0
+
+    def flops(self, dim: int, sequence_length: int, head: int) -> int:
+        """Matrix-product FLOPs of one token's forward pass beside the model's; `head`: a pass of the head."""
+        return 0
+
+    def read(self, module: nn.Module, tokenizer: "Tokenizer | None") -> None:
+        """Gives the module what it has to know of the vocabulary, before training. Raises DataError."""
+        return
+
+    def draft_blocks(self) -> tuple[tuple[Mixer, FeedForward], ...]:
+        """The blocks that draft tokens in decoding, one a token; none where the module has no `draft`.
+
+        `draft(index, h_BTD, tokens_BT, model, context) -> h_BTD`, ready for the head: block `index` reads
+        what the one before it (the first: the model) made of positions i, and tokens i + 1 + index.
+        """
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)

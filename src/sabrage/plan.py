@@ -39,6 +39,30 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Anneal(Schedule):
+    """`first` up to step `begin`, then linearly to `last`, which holds from step `end` on."""
+
+    first: float
+    last: float = 0.0
+    begin: int = 0
+    end: int
+
+    def problems(self) -> list[str]:
+        if not 0 <= self.begin <= self.end:
+            return [f"{self}: begin must be at least 0 and end at least begin"]
+        return []
+
+    def at(self, step: int, steps: int) -> float:
+        if step >= self.end:
+            return self.last
+        share = max(step - self.begin, 0) / (self.end - self.begin)
+        return self.first + (self.last - self.first) * share
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, begin=round(self.begin * factor), end=round(self.end * factor))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trapezoid(Schedule):
     """Linear warm-up over `warmup` steps, constant, linear warm-down over the last `warmdown` steps.
 
@@ -95,13 +119,17 @@ class Stages(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Part):
-    """The course of a run; `tokens_per_step` and `sequence_length` are in tokens."""
+    """The course of a run; `tokens_per_step` and `sequence_length` are in tokens.
+
+    `loss_weights` are the objective's, as many as it takes.
+    """
 
     steps: int
     lr: Schedule
     tokens_per_step: int | Stages
     sequence_length: int | Stages
     weight_decay: Schedule = Constant()
+    loss_weights: tuple[Schedule, ...] = ()
 
     def problems(self) -> list[str]:
         found = []
@@ -130,6 +158,7 @@ class Plan(Part):
             weight_decay=self.weight_decay.at(step, self.steps),
             sequence_length=staged(self.sequence_length, step),
             tokens_per_step=staged(self.tokens_per_step, step),
+            loss_weights=tuple(weight.at(step, self.steps) for weight in self.loss_weights),
         )
 
     def stages(self) -> list[Knobs]:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+import torch
+
 from sabrage.config import ConfigError, Part, leaves, walk
-from sabrage.model.lm import ModelSpec
+from sabrage.model.lm import ModelSpec, max_lengths
 from sabrage.parts import DataSource, Objective, OptimizerGroup, Precision
 from sabrage.plan import Plan
 from sabrage.run.device import DeviceFacts
@@ -87,17 +89,37 @@ class Recipe(Part):
                 f"the data has {declared:,} token ids and the model {self.model.vocab_size:,}; use "
                 f"model.vocab_size={declared} or more, or the data that the model is meant for"
             )
+        found += self.unfit_objective()
         lengths = {"budget.evaluation_length": self.budget.evaluation_length}
         if not self.plan.problems() and not self.data.problems():
             found += self.misfits()
             longest = max(knobs.sequence_length for knobs in self.plan.stages())
             lengths |= {"plan.sequence_length": longest}
+        limits = self.model.max_lengths() | max_lengths(self.objective, "objective")
         return found + [
             f"{name}={length} is more than {path}={limit}; use {path}={length} or more"
-            for path, limit in self.model.max_lengths().items()
+            for path, limit in limits.items()
             for name, length in lengths.items()
             if length > limit
         ]
+
+    def unfit_objective(self) -> list[str]:
+        """Sentences about an objective that the plan or the model does not go with."""
+        given, taken = len(self.plan.loss_weights), self.objective.num_weights()
+        found = []
+        if given != taken:
+            kind = type(self.objective).__name__
+            found.append(
+                f"plan.loss_weights has {given} and {kind} takes {taken}; give one schedule for each"
+            )
+        if self.model.dim < 1 or any(part.problems() for _, part in walk(self.objective)):
+            return found
+        try:
+            with torch.device("meta"):
+                self.objective.build(dim=self.model.dim, vocab_size=self.model.vocab_size)
+        except ValueError as error:
+            found.append(f"objective: {error}")
+        return found
 
     def misfits(self) -> list[str]:
         """Sentences about stages of the plan that the data's blocks cannot be cut into."""

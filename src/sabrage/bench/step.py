@@ -91,7 +91,9 @@ def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[st
         "optimizer_ms": optimizer_ms,
         "optimizer_share": optimizer_ms / step_ms,
         "tokens_per_second": speed,
-        "mfu": flops_per_token(recipe.model, knobs.sequence_length) * speed / peak if peak else None,
+        "mfu": flops_per_token(recipe.model, knobs.sequence_length, recipe.objective) * speed / peak
+        if peak
+        else None,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "compile_seconds": compiled,
         "note": "",

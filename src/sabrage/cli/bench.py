@@ -1,4 +1,4 @@
-"""`sabrage bench`: what kernels, attention, training steps and the baseline take on this machine's GPU."""
+"""`sabrage bench`: what kernels, attention, steps, the baseline and decoding take on this machine's GPU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,46 @@ class Baseline:
         return 0
 
 
+@dataclass(frozen=True)
+class Speculate:
+    """Time plain and self-speculative decoding of a run whose objective has a drafting module.
+
+    Drafts kept, tokens a pass of the model and the speed-up, greedy and at temperature 1.
+
+    Try:
+      sabrage bench speculate runs/mtp-sequential-20260101-120000 --out results/speculation.json
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    out: Path
+    """Write the result file here; its name is the name of the result."""
+    data: Path | None = None
+    """Folder of the data set, where it is not where the recipe says."""
+    prompts: int = 8
+    """How many stretches of the validation split to go on from."""
+    max_tokens: int = 128
+    """New tokens after each."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def run(self) -> int:
+        from sabrage.bench.speculate import measure
+        from sabrage.cli.choose import model_of_run, named_device
+        from sabrage.cli.console import say
+        from sabrage.generate.speculate import load_drafter
+        from sabrage.run.folder import RunFolder
+
+        device = named_device(self.device)
+        recipe, model = model_of_run(self.run_folder, device=device)
+        checkpoints = RunFolder(self.run_folder).checkpoints
+        drafter = load_drafter(recipe, checkpoints, device=device, warn=say)
+        corpus, size = recipe.data.open(self.data), {"number": self.prompts, "max_tokens": self.max_tokens}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        measure(recipe, model, drafter, corpus, out=self.out, **size)
+        return 0
+
+
 def require_cuda() -> None:
     """Raises ConfigError where torch sees no CUDA device."""
     import torch
@@ -119,7 +159,7 @@ def require_cuda() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure on this machine's GPU: kernels, attention, the steps of recipes, or the baseline as a whole.
+    """Measure on this machine's GPU: kernels, attention, steps of recipes, the baseline, or decoding.
 
     Try:
       sabrage bench kernels
@@ -132,7 +172,8 @@ class Bench:
         Annotated[Kernels, tyro.conf.subcommand("kernels")]
         | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Step, tyro.conf.subcommand("step")]
-        | Annotated[Baseline, tyro.conf.subcommand("baseline")],
+        | Annotated[Baseline, tyro.conf.subcommand("baseline")]
+        | Annotated[Speculate, tyro.conf.subcommand("speculate")],
         tyro.conf.arg(name=""),
     ]
 

@@ -72,20 +72,33 @@ class Show:
 
 def show_costs(recipe: "Recipe") -> None:
     """Parameters, FLOPs, tokens and memory by micro-batch."""
-    from sabrage.model.counts import flops_per_token, memory_estimate, num_active, num_parameters
+    from sabrage.model.counts import (
+        flops_per_token,
+        memory_estimate,
+        num_active,
+        num_parameters,
+        objective_parameters,
+    )
     from sabrage.run.units import count, size
 
     length = recipe.plan.at(0).sequence_length
     tokens = recipe.plan.tokens()
-    flops = flops_per_token(recipe.model, length)
+    flops = flops_per_token(recipe.model, length, recipe.objective)
     print(f"parameters        {num_parameters(recipe.model):,}")
-    print(f"active parameters {num_active(recipe.model):,} (those that one token uses)")
+    active = num_active(recipe.model)
+    if active != num_parameters(recipe.model):
+        print(f"active parameters {active:,} (those that one token uses)")
+    if more := objective_parameters(recipe.objective, recipe.model):
+        print(f"in training only  {more:,} more, the objective's")
     print(f"FLOPs per token   {flops:,} (forward and backward matrix products, {length:,} tokens of context)")
     print(f"tokens needed     {tokens:,} ({tokens / 1e8:.2f} shards of 100M)")
     print(f"FLOPs in all      {count(flops * tokens)}")
     wide = recipe.precision.wide()
     rows = [1 << power for power in range(8) if (length << power) <= recipe.plan.at(0).tokens_per_step]
-    sizes = (f"{count}: {size(memory_estimate(recipe.model, count * length, wide=wide))}" for count in rows)
+    estimates = (
+        memory_estimate(recipe.model, n * length, objective=recipe.objective, wide=wide) for n in rows
+    )
+    sizes = (f"{n}: {size(estimate)}" for n, estimate in zip(rows, estimates, strict=True))
     print(f"memory by rows of a micro-batch (estimate)   {', '.join(sizes)}")
 
 
@@ -124,6 +137,10 @@ def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
 
     wide = recipe.precision.wide()
     length = recipe.plan.at(0).sequence_length
+    rows = (length, micro_batch_tokens(recipe, facts, size=1))
+    smallest, default = (
+        memory_estimate(recipe.model, tokens, objective=recipe.objective, wide=wide) for tokens in rows
+    )
     folder = data_folder(recipe)
     missing = None
     if folder and find_data(Path(folder)).num_shards == 0:
@@ -131,8 +148,8 @@ def needs(recipe: "Recipe", facts: "DeviceFacts") -> "Needs":
     return Needs(
         name=recipe.name,
         num_parameters=num_parameters(recipe.model),
-        smallest_memory=memory_estimate(recipe.model, length, wide=wide),
-        default_memory=memory_estimate(recipe.model, micro_batch_tokens(recipe, facts, size=1), wide=wide),
+        smallest_memory=smallest,
+        default_memory=default,
         refusal="; ".join(recipe.refusals(facts)) or None,
         missing_data=missing,
     )

@@ -1,6 +1,8 @@
 """`sabrage generate`: text from a trained model."""
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ class Generate:
     Try:
       sabrage generate runs/demo-20260101-120000 --prompt "The " --temperature 0.8
       sabrage generate runs/mine --prompt "Once upon a time" --top-k 50 --max-tokens 200 --seed 3
+      sabrage generate runs/mtp-sequential-20260101-120000 --temperature 0 --speculate
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -40,19 +43,31 @@ class Generate:
     device: str = "auto"
     """cpu, cuda, mps or auto."""
 
+    speculate: bool = False
+    """Let the run's drafting module guess ahead: the same text in fewer passes of the model (greedy), or text
+    of the same distribution."""
+
     ranks: Path | None = None
     """File of the GPT-2 ranks, where they cannot be downloaded."""
 
     def run(self) -> int:
         from sabrage.cli.choose import model_of_run, named_device, tokenizer_of
+        from sabrage.cli.console import say
         from sabrage.generate.sampling import Sampling
+        from sabrage.generate.speculate import Tally, load_drafter, speculate
         from sabrage.generate.text import generate, stream_text
+        from sabrage.run.folder import RunFolder
 
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        recipe, model = model_of_run(self.run_folder, device=named_device(self.device))
+        device = named_device(self.device)
+        recipe, model = model_of_run(self.run_folder, device=device)
+        write, tally = partial(generate, model), Tally()
+        if self.speculate:
+            checkpoints = RunFolder(self.run_folder).checkpoints
+            drafter = load_drafter(recipe, checkpoints, device=device, warn=say)
+            write = partial(speculate, model, drafter, tally=tally)
         tokenizer = tokenizer_of(recipe, ranks=self.ranks)
-        tokens = generate(
-            model,
+        tokens = write(
             [tokenizer.end_of_text, *tokenizer.encode(self.prompt)],
             max_tokens=self.max_tokens,
             sampling=sampling,
@@ -63,4 +78,10 @@ class Generate:
         for piece in stream_text(tokens, tokenizer):
             print(piece, end="", flush=True)
         print()
+        if self.speculate:
+            print(
+                f"{tally.accepted} of {tally.drafted} drafts kept ({tally.acceptance:.0%}): "
+                f"{tally.passes + tally.accepted} tokens after the first in {tally.passes} passes",
+                file=sys.stderr,
+            )
         return 0

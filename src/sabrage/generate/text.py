@@ -1,12 +1,13 @@
 """Cached decoding: the prompt in one pass, then one token at a time, streamed."""
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from sabrage.config import resolve, walk
+from sabrage.config import PartType, resolve, walk
 from sabrage.context import Context
 from sabrage.generate.cache import DenseCache
 from sabrage.generate.sampling import Sampling, draw
@@ -23,21 +24,38 @@ def load_model(recipe: Recipe, checkpoints: Path, *, device: torch.device, warn:
 
     Backends that this device lacks, since the run trained on another one, give way to what it has.
     """
+    spec = suited(recipe.model, device)
+    model = build_model(spec, seed=recipe.budget.seed)
+    tied = {"head.weight"} if spec.head.tied else set()
+    load_newest(model, "model", checkpoints, spared=tied, warn=warn)
+    return model.to(device).eval()
+
+
+def suited(part: PartType, device: torch.device) -> PartType:
+    """The part with every "auto" decided, and every backend that the device lacks."""
+    facts = probe(device)
+    if any(each.refusal(facts) for _, each in walk(part)):
+        part = automatic(part)
+    return resolve(part, facts)
+
+
+def load_newest(
+    module: nn.Module,
+    name: str,
+    checkpoints: Path,
+    *,
+    spared: Set[str] = frozenset(),
+    warn: Callable[[str], None],
+) -> None:
+    """Fills what the learner calls `name` from the newest good checkpoint; `spared` need not be in there."""
     saved = checkpoint.load_newest(checkpoints, warn=warn)
     if saved is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {checkpoints}; train the run to its end first")
-    prefix = "learner/model."
-    weights = {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
-    spec, facts = recipe.model, probe(device)
-    if any(part.refusal(facts) for _, part in walk(spec)):
-        spec = automatic(spec)
-    spec = resolve(spec, facts)
-    model = build_model(spec, seed=recipe.budget.seed)
-    missing = model.load_state_dict(weights, strict=False)
-    tied = {"head.weight"} if spec.head.tied else set()
-    if missing.unexpected_keys or set(missing.missing_keys) - tied:
+    prefix = f"learner/{name}."
+    weights = {key.removeprefix(prefix): t for key, t in saved.tensors.items() if key.startswith(prefix)}
+    missing = module.load_state_dict(weights, strict=False)
+    if missing.unexpected_keys or set(missing.missing_keys) - spared:
         raise checkpoint.CheckpointError(f"{saved.path} is of another model: {missing}")
-    return model.to(device).eval()
 
 
 @torch.no_grad()

@@ -144,7 +144,8 @@ def _head(
             _accumulate(grad_VD, logits_CV, h_CD)
         # The next chunk takes this one's memory.
         del logits_CV, narrow_CV
-    losses_W = nll_NW.sum(0) / counts_W
+    # A sum of its own for each set: how many others there are changes no bit of it.
+    losses_W = torch.stack([nll_N.contiguous().sum() for nll_N in nll_NW.unbind(1)]) / counts_W
     return (weights_W * losses_W).sum(), losses_W, grad_h_ND, grad_VD[: len(weight_VD)]
 
 

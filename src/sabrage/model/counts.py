@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 from sabrage.model.lm import LM, ModelSpec
+from sabrage.parts import Objective
 
 # Bytes of saved activations per token, layer and unit of width, bf16 autocast over an fp32 residual
 # stream, compiled: fitted to the 16.7, 31.1 and 60.0 GiB that the NoCap baseline takes at 32, 64 and 128
@@ -28,16 +29,34 @@ def num_active(spec: ModelSpec) -> int:
     return num_parameters(spec) - sum(spec.feedforward(layer).idle(spec.dim) for layer in range(spec.layers))
 
 
-def flops_per_token(spec: ModelSpec, sequence_length: int) -> int:
-    """Matrix-product FLOPs of one token's forward and backward pass (backward counted as twice forward)."""
+@cache
+def objective_parameters(objective: Objective, spec: ModelSpec) -> int:
+    """Learned numbers that the objective adds in training; needs no memory."""
+    with torch.device("meta"):
+        module = objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
+        return sum(parameter.numel() for parameter in module.parameters())
+
+
+def flops_per_token(spec: ModelSpec, sequence_length: int, objective: Objective | None = None) -> int:
+    """Matrix-product FLOPs of one token's forward and backward pass (backward counted as twice forward).
+
+    With the `objective` those of training, without it those of the model.
+    """
     layers = range(spec.layers)
     forward = sum(spec.mixer(layer).flops(spec.dim, sequence_length) for layer in layers)
     forward += sum(spec.feedforward(layer).flops(spec.dim) for layer in layers)
-    return 3 * (forward + spec.head.flops(spec.dim, spec.vocab_size))
+    head = spec.head.flops(spec.dim, spec.vocab_size)
+    extra = objective.flops(spec.dim, sequence_length, head) if objective else 0
+    return 3 * (forward + head + extra)
 
 
-def memory_estimate(spec: ModelSpec, tokens: int, *, wide: bool = False) -> int:
+def memory_estimate(
+    spec: ModelSpec, tokens: int, *, objective: Objective | None = None, wide: bool = False
+) -> int:
     """Bytes that training takes with micro-batches of `tokens` tokens; `wide` when products are fp32."""
     factor = 2 if wide else 1
-    per_token = spec.layers * spec.dim * ACTIVATION_BYTES * factor + spec.vocab_size * LOGIT_BYTES * factor
-    return num_parameters(spec) * PARAMETER_BYTES + tokens * per_token
+    extra = objective.extra_heads() if objective else 0
+    per_token = (spec.layers + extra) * spec.dim * ACTIVATION_BYTES * factor
+    per_token += (1 + extra) * spec.vocab_size * LOGIT_BYTES * factor
+    parameters = num_parameters(spec) + (objective_parameters(objective, spec) if objective else 0)
+    return parameters * PARAMETER_BYTES + tokens * per_token

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,3 +65,16 @@ class Projection(Linear):
         """Mean cross-entropy in nats over the targets that are not -1, softmax in fp32."""
         logits_NV = self(h_BTD).flatten(0, -2)
         return F.cross_entropy(logits_NV.float(), targets_BT.flatten(), ignore_index=-1)
+
+    def losses(self, h_BTD: Tensor, targets_BTW: Tensor, weights_W: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(weighted total, mean loss of each of the W target sets), for objectives with several targets."""
+        log_NV = self(h_BTD).flatten(0, -2).float().log_softmax(-1)
+        losses_W = torch.stack(
+            [
+                F.nll_loss(log_NV, targets_N, ignore_index=-1, reduction="sum")
+                / (targets_N >= 0).sum().clamp(min=1)
+                for targets_N in targets_BTW.flatten(0, -2).unbind(1)
+            ]
+        )
+        weights_W = torch.ones_like(losses_W) if weights_W is None else weights_W
+        return (weights_W * losses_W).sum(), losses_W.detach()

@@ -62,14 +62,18 @@ class ModelSpec(Part):
 
     def max_lengths(self) -> dict[str, int]:
         """Tokens of the longest sequence that parts can take, by the dotted paths of the fields."""
-        found = leaves(self, "model")
-        return {path: n for path, n in found if path.endswith(".max_length") and isinstance(n, int)}
+        return max_lengths(self, "model")
 
     def mixer(self, layer: int) -> Mixer:
         return self.mixers[layer % len(self.mixers)]
 
     def feedforward(self, layer: int) -> FeedForward:
         return self.feedforwards[layer % len(self.feedforwards)]
+
+
+def max_lengths(part: Part, path: str) -> dict[str, int]:
+    """Tokens of the longest sequence that `part` and what is in it can take, by dotted paths from `path`."""
+    return {name: n for name, n in leaves(part, path) if name.endswith(".max_length") and isinstance(n, int)}
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
 from sabrage.recipes.fused import fused
+from sabrage.recipes.multi_token import multi_token
 from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
@@ -18,6 +19,7 @@ GROUPS = (
     precisions,
     attention,
     experts,
+    multi_token,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 

@@ -68,6 +68,7 @@ def train(
     use_compile_cache(compile)
 
     learner = build_learner(recipe, world)
+    recipe.objective.read(learner.objective, corpus.tokenizer)
     model = learner.model
     named, masters = learner.named_parameters(), recipe.precision.masters()
     optimizers = Optimizers(recipe.optim, named, world.device, masters=masters)
@@ -221,7 +222,9 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
     room = facts.memory * recipe.runtime.memory_fraction
     wide = recipe.precision.wide()
     tokens = min(knobs.tokens_per_step // size, 65_536)
-    while tokens > knobs.sequence_length and memory_estimate(recipe.model, tokens, wide=wide) > room:
+    while tokens > knobs.sequence_length and (
+        memory_estimate(recipe.model, tokens, objective=recipe.objective, wide=wide) > room
+    ):
         tokens //= 2
     return max(tokens, knobs.sequence_length)
 

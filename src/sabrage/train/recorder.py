@@ -217,7 +217,11 @@ class Recorder:
         """Model FLOP utilisation against the device's peak rate, or None where that is not known."""
         if self.peak is None:
             return None
-        return flops_per_token(self.recipe.model, sequence_length) * tokens_per_second / self.peak
+        return (
+            flops_per_token(self.recipe.model, sequence_length, self.recipe.objective)
+            * tokens_per_second
+            / self.peak
+        )
 
     def peak_memory(self) -> int | None:
         """The most device memory allocated so far, in bytes; None off CUDA."""
