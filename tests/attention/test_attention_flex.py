@@ -8,7 +8,7 @@ from attention_cases import CASES, DOCUMENTS, Case
 
 from sabrage.attention import flex as module
 from sabrage.attention.backends import attend
-from sabrage.attention.flex import BLOCK, block_mask, flex, seen_blocks, tiles
+from sabrage.attention.flex import BLOCK, block_mask, flex, little_memory, seen_blocks
 from sabrage.attention.masks import visible
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.scores import RelativeBias
@@ -119,17 +119,37 @@ def test_the_mask_functions_agree_with_the_mask_in_full():
     assert torch.equal(mask.mask_mod(batch, torch.tensor(0), query, key), expected)
 
 
-def test_small_tiles_are_for_wide_heads_on_cards_with_little_shared_memory(monkeypatch):
+def test_small_memory_is_that_of_the_device(monkeypatch):
     class Card:
         shared_memory_per_block_optin = 99 * 1024
 
-    cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert tiles(cuda, 128) == module.SMALL_TILES
-    assert tiles(cuda, 64) is None
+    assert little_memory(torch.device("cuda"))
     Card.shared_memory_per_block_optin = 227 * 1024
-    assert tiles(cuda, 128) is None
-    assert tiles(CPU, 128) is None
+    assert not little_memory(torch.device("cuda"))
+    assert not little_memory(CPU)
+
+
+@pytest.mark.parametrize(("width", "tiles"), [(128, 1), (64, 0)])
+@torch.no_grad()
+def test_wide_heads_on_cards_with_little_shared_memory_get_small_tiles_in_one_graph(
+    width, tiles, monkeypatch
+):
+    monkeypatch.setattr(module, "little_memory", torch.compiler.assume_constant_result(lambda device: True))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x_BHTK = torch.randn(1, 2, 200, width)
+    torch.compile(
+        lambda x: flex(x, x, x, Context(), window=None, scores=(), mask_BTS=None),
+        fullgraph=True,
+        dynamic=False,
+        backend=keep,
+    )(x_BHTK)
+    assert [graph.code.count("'fwd_BLOCK_M': 64") for graph in graphs] == [tiles]
 
 
 def test_flex_refuses_to_learn_on_the_cpu_rather_than_learn_nothing():

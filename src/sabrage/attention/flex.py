@@ -51,6 +51,7 @@ def flex(
     else:
         mask = given_mask(mask_BTS)
     run: Callable = flex_attention
+    wide = max(q_BHTK.shape[-1], v_BGSX.shape[-1]) > 64
     if q_BHTK.is_cuda and not torch.compiler.is_compiling():
         run = compiled_flex()
     return run(
@@ -60,7 +61,7 @@ def flex(
         score_mod=modified if functions else None,
         block_mask=mask,
         enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
-        kernel_options=tiles(q_BHTK.device, max(q_BHTK.shape[-1], v_BGSX.shape[-1])),
+        kernel_options=SMALL_TILES if wide and little_memory(q_BHTK.device) else None,
     )
 
 
@@ -70,14 +71,14 @@ def compiled_flex() -> Callable:
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
+# The compiler takes what this says for a constant of the graph; it cannot do so with the tiles themselves.
 @torch.compiler.assume_constant_result
-def tiles(device: torch.device, width: int) -> dict[str, int] | None:
-    """The kernel's tile sizes where torch's own would not fit the device, else None."""
-    if device.type != "cuda" or width <= 64:
-        return None
+def little_memory(device: torch.device) -> bool:
+    """Whether the device has too little shared memory for torch's own tiles of wide heads."""
+    if device.type != "cuda":
+        return False
     properties = torch.cuda.get_device_properties(device)
-    memory = getattr(properties, "shared_memory_per_block_optin", 0)
-    return SMALL_TILES if memory < SMALL_MEMORY else None
+    return getattr(properties, "shared_memory_per_block_optin", 0) < SMALL_MEMORY
 
 
 def block_mask(length: int, window: int | None, context: Context, device: torch.device) -> BlockMask:

@@ -118,7 +118,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, part: MultiHead, *, dim: int, layer: int) -> None:
         super().__init__()
-        self.part, self.layer = part, layer
+        self.part, self.layer, self.heads = part, layer, part.heads
         width = dim // part.heads
         if part.groups == part.heads:
             self.qkv = Linear(dim, 3 * dim)
@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_BTHK, k_BTGK, v_BTGK."""
-        heads, groups = self.part.heads, self.part.groups
+        heads, groups = self.heads, self.part.groups
         width = x_BTD.shape[2] // heads
         if groups == heads:
             q, k, v = self.qkv(x_BTD).unflatten(2, (3, heads, width)).unbind(2)
