@@ -54,6 +54,15 @@ def test_show_says_what_the_recipe_costs(capsys):
     assert "2,499,805,184 (25.00 shards of 100M)" in costs
 
 
+def test_show_tells_what_one_token_uses_apart_from_all_that_is_learned(capsys):
+    assert main(["show", "moe-8"]) == 0
+    costs = capsys.readouterr().out.partition("\n\n")[2]
+    assert "parameters        519,967,584" in costs
+    assert "active parameters 123,605,856" in costs
+    assert main(["show", "base"]) == 0
+    assert "active parameters 123,532,032" in capsys.readouterr().out
+
+
 def test_doctor_has_a_verdict_for_every_recipe(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", "--device", "cpu"]) == 0

@@ -51,7 +51,7 @@ def outputs_and_gradients(module, x_BTD):
 @pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"active": 3}, {"active": 2, "gate": Gate(scores="sigmoid")}, {"shared": 1}, {"experts": 64}],
+    [{}, {"active": 3}, {"active": 2, "gate": Gate(scores="sigmoid")}, {"shared": 1}, {"experts": 16}],
     ids=str,
 )
 def test_sorted_tokens_give_what_every_expert_on_every_token_gives(backend, changes):
@@ -174,7 +174,7 @@ def test_training_compiles_to_one_graph(assemble):
     recipe = shrink(find("moe-8-shared"))
     spec = replace(recipe.model, feedforwards=(replace(recipe.model.feedforwards[0], backend="grouped_mm"),))
     # The compiler takes torch's grouped product for bf16 alone.
-    session, _, _ = assemble(replace(recipe, model=spec, precision=Bf16()))
+    session, _, _ = assemble(replace(recipe, model=replace(spec, layers=1), precision=Bf16()))
     graphs = CompileCounterWithBackend("aot_eager")
     step = torch.compile(session.learner, backend=graphs, fullgraph=True, dynamic=False)
     tokens_BT = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))

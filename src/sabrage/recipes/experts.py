@@ -1,8 +1,8 @@
 """Mixtures of experts in every layer of the study base, at the FLOPs a token costs there, but for the gate.
 
-The two of the brief have a softmax gate and the auxiliary loss. The eights have a sigmoid gate, which starts
-at a half however many experts there are, and are balanced by the bias alone. Muon moves each expert as a
-matrix of its own, AdamW the gates.
+The pairs have a softmax gate and the auxiliary loss. The eights have a sigmoid gate, which starts at a half
+however many experts there are, and are balanced by the bias alone. Muon moves each expert as a matrix of its
+own, AdamW the gates.
 """
 
 from dataclasses import replace
@@ -41,7 +41,8 @@ experts = (
         "moe-2-context",
         "moe-2 with stretches of 64 tokens that go together, by the text so far",
         MixtureOfExperts(experts=2, gate=CONTEXT),
-        bias_rate=0.0,
+        # Means over texts have much in common, and all would go to one expert: the bias makes up for that.
+        bias_rate=0.001,
     ),
     _variant(
         "moe-8",
