@@ -25,7 +25,7 @@ FLOORS = [
     {"config", "context", "norms", "run"},
     {"kernels", "linear"},
     {"parts"},
-    {"plan"},
+    {"plan", "losses"},
     {"data", "attention", "feedforward", "wiring", "objective", "optim", "precision"},
     {"model"},
     {"recipe"},

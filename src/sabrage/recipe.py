@@ -6,8 +6,9 @@ from typing import Any, Literal, Self
 import torch
 
 from sabrage.config import ConfigError, Part, leaves, walk
+from sabrage.losses import Objective
 from sabrage.model.lm import ModelSpec, max_lengths
-from sabrage.parts import DataSource, Objective, OptimizerGroup, Precision
+from sabrage.parts import DataSource, OptimizerGroup, Precision
 from sabrage.plan import Plan
 from sabrage.run.device import DeviceFacts
 

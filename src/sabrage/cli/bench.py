@@ -114,7 +114,7 @@ class Speculate:
     Drafts kept, tokens a pass of the model and the speed-up, greedy and at temperature 1.
 
     Try:
-      sabrage bench speculate runs/mtp-sequential-20260101-120000 --out results/speculation.json
+      sabrage bench speculate runs/mine --out results/speculation.json
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

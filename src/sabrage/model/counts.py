@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 
+from sabrage.losses import Objective
 from sabrage.model.lm import LM, ModelSpec
-from sabrage.parts import Objective
 
 # Bytes of saved activations per token, layer and unit of width, bf16 autocast over an fp32 residual
 # stream, compiled: fitted to the 16.7, 31.1 and 60.0 GiB that the NoCap baseline takes at 32, 64 and 128

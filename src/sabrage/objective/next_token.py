@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sabrage.parts import Batch, Loss, Objective
+from sabrage.losses import Loss, Objective
+from sabrage.parts import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sabrage.losses import Loss, Objective
 from sabrage.objective.targets import score_together
-from sabrage.parts import Batch, DataError, Loss, Objective, Tokenizer
+from sabrage.parts import Batch, DataError, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from sabrage.context import Context
 from sabrage.linear import Linear
+from sabrage.losses import Loss, Objective
 from sabrage.norms import rms_norm
 from sabrage.objective.block import ExtraBlock
 from sabrage.objective.targets import ahead, score_apart
-from sabrage.parts import Batch, FeedForward, Loss, Mixer, Objective
+from sabrage.parts import Batch, FeedForward, Mixer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sabrage.losses import Loss, Objective
 from sabrage.objective.targets import ahead, score_together
-from sabrage.parts import Batch, Loss, Objective
+from sabrage.parts import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.parts import Batch, Loss
+from sabrage.losses import Loss
+from sabrage.parts import Batch
 
 
 def ahead(batch: Batch, distance: int) -> Tensor:

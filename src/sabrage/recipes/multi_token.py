@@ -7,11 +7,11 @@ end, as DeepSeek-V3 does, since it drafts in decoding: `sabrage generate RUN --s
 from dataclasses import replace
 
 from sabrage.feedforward.mlp import Mlp
+from sabrage.losses import Objective
 from sabrage.objective.heads import HeadsAhead
 from sabrage.objective.prefix import PrefixTarget
 from sabrage.objective.sequential import SequentialAhead
 from sabrage.objective.shared import SharedAhead
-from sabrage.parts import Objective
 from sabrage.plan import Anneal, Constant, Schedule
 from sabrage.recipe import Recipe
 from sabrage.recipes.base import base
