@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
+from sabrage.context import Context
 from sabrage.kernels import rotary_norm as room
 from sabrage.kernels.language import KernelError
 from sabrage.kernels.rotary_norm import rotary_norm, rotary_norm_reference
@@ -27,6 +29,29 @@ def test_every_head_keeps_unit_root_mean_square() -> None:
     tables = Rotary().build(16)
     found = rotary_norm(heads(), tables.cosine_TK[:6], tables.sine_TK[:6])
     torch.testing.assert_close(found.square().mean(-1), torch.ones(2, 6, 3), rtol=1e-4, atol=0)
+
+
+@interpreted
+def test_attention_with_the_kernel_equals_attention_without() -> None:
+    x_BTD = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    pull_BTD = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(2))
+    found = []
+    for backend in ("plain", "triton"):
+        torch.manual_seed(0)
+        mixer = MultiHead(heads=2, qk_norm=True, rotary_backend=backend).build(dim=32, layer=0)
+        leaf_BTD = x_BTD.clone().requires_grad_()
+        y_BTD = mixer(leaf_BTD, Context())
+        y_BTD.backward(pull_BTD)
+        found.append((y_BTD.detach(), leaf_BTD.grad, mixer.qkv.weight.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_is_for_normalised_heads_of_one_projection() -> None:
+    for part in (
+        MultiHead(heads=2, rotary_backend="auto"),
+        MultiHead(heads=2, qk_norm=True, kv_heads=1, rotary_backend="triton"),
+    ):
+        assert any("rotary_backend" in sentence for sentence in part.problems())
 
 
 @interpreted

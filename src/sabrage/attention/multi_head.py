@@ -15,6 +15,8 @@ from sabrage.attention.backends import Backend, Need, attend, choose_backend, ne
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import ScorePart
 from sabrage.context import Context
+from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
+from sabrage.kernels.rotary_norm import rotary_norm
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
@@ -31,6 +33,7 @@ class MultiHead(Mixer):
     A layer sees all tokens before it; or `window` tokens, itself included; or the share `window_share` of
     the plan's window, rounded to whole blocks of 64 tokens, at least one. `scores` change the scores in this
     order. `zero_init` starts the output projection at zero, so that a fresh block adds nothing.
+    `rotary_backend` "triton" normalises and turns queries and keys in one pass, on CUDA in whole sequences.
     """
 
     heads: int
@@ -42,9 +45,15 @@ class MultiHead(Mixer):
     window_share: float | None = None
     scores: tuple[ScorePart, ...] = ()
     backend: Backend = "auto"
+    rotary_backend: KernelBackend = "plain"
 
     def problems(self) -> list[str]:
         found = []
+        if self.rotary_backend != "plain" and not (self.qk_norm and self.rotary and not self.kv_heads):
+            found.append(
+                f"rotary_backend={self.rotary_backend!r} turns queries and keys of one projection that are "
+                "normalised first; use qk_norm=true with rotary and kv_heads=0, or rotary_backend=plain"
+            )
         if self.window is not None and self.window < 1:
             found.append(f"window={self.window} must be at least 1; null sees all")
         if self.window_share is not None and self.window_share <= 0:
@@ -85,11 +94,12 @@ class MultiHead(Mixer):
         return needs_of(window=self.windowed, documents=facts.documents, scores=bool(self.scores))
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        return refusal(self.backend, facts, self.needs(facts), width=self.width(facts))
+        told = refusal(self.backend, facts, self.needs(facts), width=self.width(facts))
+        return told or kernel_refusal(self.rotary_backend, facts)
 
     def resolve(self, facts: DeviceFacts) -> Self:
         chosen = choose_backend(self.backend, facts, self.needs(facts), width=self.width(facts))
-        return replace(self, backend=chosen)
+        return replace(self, backend=chosen, rotary_backend=choose_kernel(self.rotary_backend, facts))
 
     def width(self, facts: DeviceFacts) -> int | None:
         return facts.dim // self.heads if facts.dim and self.heads else None
@@ -128,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         self.out = Linear(dim, dim)
         if part.zero_init:
             nn.init.zeros_(self.out.weight)
-        self.rotary = part.rotary.build(width) if part.rotary else None
+        self.rotary: Any = part.rotary.build(width) if part.rotary else None
         self.scores: Any = nn.ModuleList(score.build(heads=part.heads) for score in part.scores)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,13 +152,25 @@ class MultiHeadAttention(nn.Module):
         k, v = (layer(x_BTD).unflatten(2, (groups, width)) for layer in (self.key, self.value))
         return q_BTHK, k, v
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def turned(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """What `project` gives, queries and keys normalised and at their positions."""
         part = self.part
+        if part.rotary_backend == "triton" and context.positions_BT is None:
+            heads_BTHK = self.qkv(x_BTD).unflatten(2, (3 * part.heads, -1))
+            tables = self.rotary.upto(x_BTD.shape[1])
+            qk_BTHK = rotary_norm(heads_BTHK[:, :, : 2 * part.heads], *tables)
+            q, k = qk_BTHK.chunk(2, dim=2)
+            return q, k, heads_BTHK[:, :, 2 * part.heads :]
         q, k, v = self.project(x_BTD)
         if part.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, context.positions_BT), self.rotary(k, context.positions_BT)
+        return q, k, v
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        part = self.part
+        q, k, v = self.turned(x_BTD, context)
         if context.cache is not None:
             cached = context.cache.extend(self.layer, key=k.flatten(2), value=v.flatten(2))
             k, v = (cached[name].unflatten(2, (part.groups, -1)) for name in ("key", "value"))

@@ -66,19 +66,22 @@ class RotaryTables(nn.Module):
     def forward(self, x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """The rotated heads, in the input's dtype; positions default to 0 .. T-1."""
         if positions_BT is None:
-            length = x_BTHK.shape[1]
-            if length > self.cosine_TK.shape[0]:
-                limit = self.cosine_TK.shape[0]
-                raise ValueError(
-                    f"a sequence of {length} tokens, rotary tables of {limit}; raise rotary.max_length"
-                )
-            cosine, sine = self.cosine_TK[:length, None, :], self.sine_TK[:length, None, :]
+            cosine, sine = (table_TK[:, None, :] for table_TK in self.upto(x_BTHK.shape[1]))
         else:
             cosine = self.cosine_TK[positions_BT][:, :, None, :]
             sine = self.sine_TK[positions_BT][:, :, None, :]
         first, second = x_BTHK.float().chunk(2, dim=-1)
         rotated = torch.cat((first * cosine + second * sine, second * cosine - first * sine), dim=-1)
         return rotated.to(x_BTHK.dtype)
+
+    def upto(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 to length - 1. Raises ValueError beyond the tables."""
+        limit = self.cosine_TK.shape[0]
+        if length > limit:
+            raise ValueError(
+                f"a sequence of {length} tokens, rotary tables of {limit}; raise rotary.max_length"
+            )
+        return self.cosine_TK[:length], self.sine_TK[:length]
 
 
 @cache

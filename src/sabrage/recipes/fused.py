@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from sabrage.attention.multi_head import MultiHead
 from sabrage.feedforward.fused_mlp import FusedMlp
 from sabrage.model.fused_head import FusedHead
 from sabrage.recipe import Recipe
@@ -11,6 +12,7 @@ from sabrage.wiring.fused_residual import FusedResidual
 from sabrage.wiring.residual import Residual
 
 HEAD = FusedHead()
+ROTARY = (MultiHead(heads=12, qk_norm=True, zero_init=True, rotary_backend="auto"),)
 MLP = (FusedMlp(zero_init=True),)
 
 
@@ -21,6 +23,11 @@ def _variant(name: str, summary: str, **changes: Any) -> Recipe:
 fused = (
     _variant("fused-head", "base with the cross-entropy head in chunks", head=HEAD),
     _variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
+    _variant(
+        "fused-rotary",
+        "base with QK-norm + rotary in one pass",
+        mixers=ROTARY,
+    ),
     _variant(
         "fused-norm", "base with residual + norm in one pass", wiring=FusedResidual(mixer_scale="depth")
     ),
