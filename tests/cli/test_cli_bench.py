@@ -8,6 +8,8 @@ COMMANDS = {
     "kernels": ["kernels"],
     "step": ["step", "base", "--out", "made/steps.json"],
     "baseline": ["baseline", "--data", "data", "--out", "made"],
+    "mla": ["mla", "--small", "--out", "made/mla.json"],
+    "tiles": ["mla", "--tune"],
 }
 
 

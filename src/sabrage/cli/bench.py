@@ -83,6 +83,36 @@ class Baseline:
         return 0
 
 
+@dataclass(frozen=True)
+class Mla:
+    """Check and time the paged latent decoding kernel on FlashMLA's grid of 32 runs.
+
+    Latency, TFLOP/s and GB/s beside the device's own copy and product rates.
+
+    Try:
+      sabrage bench mla
+      sabrage bench mla --small --out results/mla.json
+      sabrage bench mla --tune
+    """
+
+    small: bool = False
+    """Eight runs in a quarter of the memory."""
+    tune: bool = False
+    """Time other tiles on three telling runs instead."""
+    out: Path | None = None
+    """Write the result file here, and three charts (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.mla import measure
+        from sabrage.bench.mla_tune import tune
+
+        if self.tune:
+            tune(out=self.out)
+        else:
+            measure(small=self.small, out=self.out)
+        return 0
+
+
 def require_cuda() -> None:
     """Raises ConfigError where torch sees no CUDA device."""
     import torch
@@ -95,7 +125,7 @@ def require_cuda() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure on this machine's GPU: kernels, the steps of recipes, or the baseline as a whole.
+    """Measure on this machine's GPU: kernels, the steps of recipes, decoding, or the baseline as a whole.
 
     Try:
       sabrage bench kernels
@@ -106,7 +136,8 @@ class Bench:
     command: Annotated[
         Annotated[Kernels, tyro.conf.subcommand("kernels")]
         | Annotated[Step, tyro.conf.subcommand("step")]
-        | Annotated[Baseline, tyro.conf.subcommand("baseline")],
+        | Annotated[Baseline, tyro.conf.subcommand("baseline")]
+        | Annotated[Mla, tyro.conf.subcommand("mla")],
         tyro.conf.arg(name=""),
     ]
 

@@ -16,12 +16,14 @@ so M / G FLOPs a byte: memory's business on every card up to some hundred querie
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sabrage.kernels.language import KernelError, jit, require, tl
 from sabrage.kernels.split import (
+    COUNTS,
     NO_WINDOW,
     DecodeTile,
     combine,
@@ -37,7 +39,7 @@ from sabrage.kernels.split import (
 )
 
 # Enough loads in flight on any card, and small enough for 99 KB of shared memory at width 128.
-TILES = {16: DecodeTile(16, 64, 4, 3, programs=2), 64: DecodeTile(64, 64, 4, 2, programs=2)}
+TILES = {16: DecodeTile(16, 64, 4, 3, programs=2), 64: DecodeTile(64, 64, 8, 2)}
 FP32 = DecodeTile(16, 16, 4, 1)
 
 
@@ -264,7 +266,7 @@ def dense(pages_PSX: Tensor) -> Tensor:
     return pages_PSX if pages_PSX.stride(2) == 1 else pages_PSX.contiguous()
 
 
-@jit
+@partial(jit, do_not_specialize=(*COUNTS, "heads", "table_width"))
 def _parts(
     q,
     keys,

@@ -19,6 +19,7 @@ TFLOP/s. Rows in tiles of R read the cache M / R times, from the second time on 
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from sabrage.kernels.language import KernelError, capability_of, jit, require, tl
 from sabrage.kernels.paged_attention import check_pages, decode_heads_reference, dense, empty_results
 from sabrage.kernels.split import (
+    COUNTS,
     NO_WINDOW,
     DecodeTile,
     combine,
@@ -194,7 +196,7 @@ def launch(
     return out_BTHV, lse_BTH
 
 
-@jit
+@partial(jit, do_not_specialize=(*COUNTS, "heads", "table_width"))
 def _parts(
     q,
     pages,

@@ -13,6 +13,7 @@ both rise along the row: the number part + sequence tells the pieces apart and i
 # mypy: allow-untyped-defs
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from sabrage.kernels.language import jit, num_processors, tl
 # A window that no sequence is longer than.
 NO_WINDOW = 2**30
 COMBINE_WARPS = 4
+# Numbers that change while a text grows, or from one batch to the next: nothing is compiled anew for them.
+COUNTS = ("batch", "queries", "parts", "window")
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def log_sum(largest, total):
     return total, (largest + tl.math.log2(total)) * 0.6931471805599453
 
 
-@jit
+@partial(jit, do_not_specialize=COUNTS)
 def _combine(
     partial,
     partial_lse,
