@@ -9,6 +9,8 @@ COMMANDS = {
     "attention": ["attention", "--full", "--out", "made/attention.json"],
     "step": ["step", "base", "--out", "made/steps.json"],
     "baseline": ["baseline", "--data", "data", "--out", "made"],
+    "mla": ["mla", "--small", "--out", "made/mla.json"],
+    "tiles": ["mla", "--tune"],
 }
 
 

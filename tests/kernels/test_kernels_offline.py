@@ -26,8 +26,9 @@ def test_every_kernel_compiles_for_every_capability(footprints: list[dict]) -> N
     assert compiled == wanted
 
 
-def test_no_kernel_spills(footprints: list[dict]) -> None:
-    assert [found for found in footprints if found["stack"] or found["spills"]] == []
+def test_no_kernel_spills_beyond_its_design(footprints: list[dict]) -> None:
+    assert [found for found in footprints if found["spills"] > found["max_spills"]] == []
+    assert [found for found in footprints if found["stack"] and not found["max_spills"]] == []
 
 
 def test_every_kernel_keeps_to_its_registers(footprints: list[dict]) -> None:
@@ -39,7 +40,7 @@ def test_every_kernel_keeps_to_its_registers(footprints: list[dict]) -> None:
 
 
 def test_every_kernel_fits_the_shared_memory(footprints: list[dict]) -> None:
-    assert {found["max_shared"] for found in footprints} == {99 * 1024, 227 * 1024}
+    assert {found["max_shared"] for found in footprints} == {163 * 1024, 99 * 1024, 227 * 1024}
     assert [found for found in footprints if found["shared"] > found["max_shared"]] == []
 
 

@@ -147,6 +147,36 @@ class Speculate:
         return 0
 
 
+@dataclass(frozen=True)
+class Mla:
+    """Check and time the paged latent decoding kernel on FlashMLA's grid of 32 runs.
+
+    Latency, TFLOP/s and GB/s beside the device's own copy and product rates.
+
+    Try:
+      sabrage bench mla
+      sabrage bench mla --small --out results/mla.json
+      sabrage bench mla --tune
+    """
+
+    small: bool = False
+    """Eight runs in a quarter of the memory."""
+    tune: bool = False
+    """Time other tiles on three telling runs instead."""
+    out: Path | None = None
+    """Write the result file here, and three charts (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.mla import measure
+        from sabrage.bench.mla_tune import tune
+
+        if self.tune:
+            tune(out=self.out)
+        else:
+            measure(small=self.small, out=self.out)
+        return 0
+
+
 def require_cuda() -> None:
     """Raises ConfigError where torch sees no CUDA device."""
     import torch
@@ -173,7 +203,8 @@ class Bench:
         | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Step, tyro.conf.subcommand("step")]
         | Annotated[Baseline, tyro.conf.subcommand("baseline")]
-        | Annotated[Speculate, tyro.conf.subcommand("speculate")],
+        | Annotated[Speculate, tyro.conf.subcommand("speculate")]
+        | Annotated[Mla, tyro.conf.subcommand("mla")],
         tyro.conf.arg(name=""),
     ]
 

@@ -18,6 +18,7 @@ from sabrage.kernels import (
     symmetric_product,
 )
 from sabrage.kernels.cases import Case, Operation, normal
+from sabrage.kernels.paged_cases import PAGED_ATTENTION, PAGED_LATENT
 
 
 def _alone(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
@@ -343,4 +344,6 @@ OPERATIONS = (
     ORTHOGONALISATION,
     ROTARY_NORM,
     GROUPED_PRODUCT,
+    PAGED_LATENT,
+    PAGED_ATTENTION,
 )

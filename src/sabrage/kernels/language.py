@@ -21,9 +21,12 @@ class KernelError(ValueError):
     """A kernel that cannot run here: says what was got, what is allowed and the remedy."""
 
 
-def jit(function: Callable[..., None]) -> Any:
-    """`triton.jit`, or the function itself where Triton is missing; `require` refuses before it is used."""
-    return triton.jit(function) if triton else function
+def jit(function: Callable[..., None], *, do_not_specialize: tuple[str, ...] = ()) -> Any:
+    """`triton.jit`, or the function itself where Triton is missing; `require` refuses before it is used.
+
+    Arguments in `do_not_specialize` are not compiled anew for 1 and for multiples of 16.
+    """
+    return triton.jit(function, do_not_specialize=do_not_specialize) if triton else function
 
 
 def refusal(device: torch.device) -> str | None:

@@ -19,23 +19,26 @@ from sabrage.kernels import (
     cross_entropy,
     grouped_product,
     linear_activation,
+    paged_attention,
+    paged_latent,
     residual_norm,
     rotary_norm,
+    split,
     symmetric_product,
 )
 from sabrage.kernels.language import KernelError, triton
 
-CAPABILITIES = ((8, 6), (8, 9), (9, 0))
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 # Bytes of shared memory that one program may take.
-SHARED_MEMORY = {(8, 6): 101376, (8, 9): 101376, (9, 0): 232448}
+SHARED_MEMORY = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448}
 
 
 @dataclass(frozen=True)
 class Build:
     """One offline compilation: argument types, constants, and the options of the launch.
 
-    `max_registers` (a thread) is what the kernel's design allows. Types are Triton's ("*bf16", "i32");
-    "i32:16" is a multiple of 16, as every pointer is taken to be.
+    `max_registers` and `max_spills` (a thread) are what the kernel's design allows. Types are Triton's
+    ("*bf16", "i32"); "i32:16" is a multiple of 16, as every pointer is taken to be.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Build:
     num_warps: int
     num_stages: int
     max_registers: int
+    max_spills: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Footprint:
     spills: int
     shared: int
     max_registers: int
+    max_spills: int
     max_shared: int
 
 
@@ -99,6 +104,7 @@ def footprint(build: Build, *, capability: tuple[int, int]) -> Footprint:
         spills=spills,
         shared=compiled.metadata.shared,
         max_registers=build.max_registers,
+        max_spills=build.max_spills,
         max_shared=SHARED_MEMORY[capability],
     )
 
@@ -264,9 +270,65 @@ def _grouped(capability: tuple[int, int]) -> list[Build]:
     ]
 
 
+# What every paged kernel is given; a decoding batch of 64.
+PAGED = {
+    **dict.fromkeys(("table", "lengths"), "*i32"),
+    **dict.fromkeys(("lse", "partial", "partial_lse"), "*fp32"),
+    **dict.fromkeys(("batch", "queries", "parts", "window"), "i32"),
+}
+PAGED_CONSTANTS = {"CAUSAL": True, "BLOCK_B": 64, "PAGE": 64, "PRECISION": "tf32"}
+
+
+def _paged_latent(capability: tuple[int, int]) -> list[Build]:
+    types = PAGED | dict.fromkeys(("q", "pages", "out"), "*bf16")
+    types |= {"heads": "i32", "table_width": "i32", "page_stride": "i32:16", "scale": "fp32"}
+    tiles = paged_latent.tiles_for(capability, torch.bfloat16)
+    found = []
+    for value, rotary, rows in (*((512, 64, rows) for rows in tiles), (64, 16, 16)):
+        tile = tiles[rows]
+        constants = PAGED_CONSTANTS | {"STRIDE": value + rotary, "LEFT": value // 2, "RIGHT": value // 2}
+        constants |= {"ROTARY": rotary, "BLOCK_L": value // 2, "BLOCK_R": rotary}
+        constants |= {"ROWS": tile.rows, "ENTRIES": tile.entries}
+        # Hopper's accumulator of 64 rows leaves too few registers for the addresses of so many operands.
+        spills = 200 if value == 512 and tile.rows == 64 else 0
+        name, kernel = f"paged latent {value}+{rotary}, {rows} rows", paged_latent._parts
+        found.append(Build(name, kernel, types, constants, tile.num_warps, tile.num_stages, 255, spills))
+    return found
+
+
+def _paged_attention(capability: tuple[int, int]) -> list[Build]:
+    types = PAGED | dict.fromkeys(("q", "keys", "values", "out"), "*bf16")
+    types |= {"heads": "i32", "table_width": "i32", "scale": "fp32"}
+    types |= {"key_page": "i32:16", "value_page": "i32:16"}
+    found = []
+    for rows, tile in paged_attention.TILES.items():
+        constants = PAGED_CONSTANTS | {"GROUPS": 8, "ROWS": tile.rows, "ENTRIES": tile.entries}
+        constants |= dict.fromkeys(("KEY", "VALUE", "BLOCK_K", "BLOCK_V"), 128)
+        constants |= dict.fromkeys(("KEY_STRIDE", "VALUE_STRIDE"), 8 * 128)
+        name, kernel = f"paged attention 128, {rows} rows", paged_attention._parts
+        found.append(Build(name, kernel, types, constants, tile.num_warps, tile.num_stages, 255))
+    return found
+
+
+def _combination(capability: tuple[int, int]) -> list[Build]:
+    types = {name: kind for name, kind in PAGED.items() if name != "table"} | {"out": "*bf16", "rows": "i32"}
+    constants = {"CAUSAL": True, "BLOCK_B": 64, "ENTRIES": 64, "WIDTH": 512, "BLOCK_V": 512}
+    return [Build("combination", split._combine, types, constants, split.COMBINE_WARPS, 3, max_registers=64)]
+
+
 def builds(capability: tuple[int, int]) -> list[Build]:
     """Every kernel as training would launch it on a GPT-2-sized model."""
-    makers = (_cross_entropy, _residual_norm, _linear_activation, _symmetric, _rotary, _grouped)
+    makers = (
+        _cross_entropy,
+        _residual_norm,
+        _linear_activation,
+        _symmetric,
+        _rotary,
+        _grouped,
+        _paged_latent,
+        _paged_attention,
+        _combination,
+    )
     return [build for maker in makers for build in maker(capability)]
 
 
