@@ -7,11 +7,13 @@ from sabrage.recipe import Recipe
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.fused import fused
+from sabrage.recipes.latent import latent
 from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions)
+    recipe.name: recipe
+    for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions, *latent)
 }
 
 

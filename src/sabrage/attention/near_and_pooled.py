@@ -1,0 +1,108 @@
+"""One softmax over near tokens and the pools of passed blocks, in full and by blocks of queries.
+
+The full form is the specification and decodes; for whole sequences the other one gives each block of queries
+the keys that it can see: copies of near blocks and the pools of all. Both are scaled_dot_product_attention
+under one mask. Shapes as in `sabrage.attention.pooled`, and Q any number of queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sabrage.context import Context
+
+# Keys and values, (B, S, H, K) both.
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """Who sees what, by the index of a token in its sequence; a pool has `entries` for each block."""
+
+    block: int
+    window: int
+    entries: int
+
+    def near_blocks(self, num_blocks: int) -> int:
+        """The blocks before its own, of `num_blocks` in all, in which a query may see single tokens."""
+        return min(-(-(self.window - 1) // self.block), num_blocks - 1)
+
+    def exact(self, query: Tensor, key: Tensor) -> Tensor:
+        """True where the query may see the key itself; the two are broadcast."""
+        near = (query // self.block == key // self.block) | (query - key < self.window)
+        return (key >= 0) & (key <= query) & near
+
+    def pooled(self, query: Tensor, entry: Tensor) -> Tensor:
+        """True where the whole block of the pools' entry has passed; the two are broadcast."""
+        return entry // self.entries < query // self.block
+
+    def mask(self, query_Q: Tensor, key_S: Tensor, num_entries: int, documents_BT: Tensor | None) -> Tensor:
+        """(..., Q, P + S), true where a query may see a pool's entry or a key.
+
+        Indices may have dimensions in front, the same ones; with documents B comes before them.
+        """
+        query_Q1, key_1S = query_Q[..., :, None], key_S[..., None, :]
+        exact_QS = self.exact(query_Q1, key_1S)
+        pooled_QP = self.pooled(query_Q1, torch.arange(num_entries, device=query_Q.device))
+        if documents_BT is not None:
+            last = documents_BT.shape[1] - 1
+            own_BQ1 = documents_BT[:, query_Q1.clamp(max=last)]
+            exact_QS = exact_QS & (own_BQ1 == documents_BT[:, key_1S.clamp(0, last)])
+            whole = num_entries // self.entries * self.block
+            blocks_BNS = documents_BT[:, :whole].unflatten(1, (-1, self.block))
+            for edge_BN in (blocks_BNS.amin(2), blocks_BNS.amax(2)):
+                edge_BP = edge_BN.repeat_interleave(self.entries, dim=1)
+                edge_B1P = edge_BP.view(len(edge_BP), *(1,) * query_Q.dim(), -1)
+                pooled_QP = pooled_QP & (own_BQ1 == edge_B1P)
+        return torch.cat((pooled_QP, exact_QS), dim=-1)
+
+
+def attend_everywhere(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context, sight: Sight) -> Tensor:
+    """Attention to all pools and all tokens under the mask, (B, T, H, K); from a cache as well."""
+    query_BT = torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
+    if context.cache is not None:
+        assert context.positions_BT is not None, "decoding needs the positions of its queries"
+        assert context.documents_BT is None, "a cache knows no documents"
+        query_BT = context.positions_BT
+    key_S = torch.arange(tokens[0].shape[1], device=q_BTHK.device)
+    mask_BTS = sight.mask(query_BT, key_S, pools[0].shape[1], context.documents_BT)
+    k, v = (torch.cat((pool, token), dim=1) for pool, token in zip(pools, tokens, strict=True))
+    return attend_under(q_BTHK, k, v, mask_BTS.unsqueeze(-3))
+
+
+def attend_by_blocks(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context, sight: Sight) -> Tensor:
+    """The same for whole sequences, (B, T, H, K), at window + 1.5 blocks + P keys a query."""
+    batch, length, block = *q_BTHK.shape[:2], sight.block
+    num_blocks = -(-length // block)
+    near = sight.near_blocks(num_blocks)
+    query_NQ = torch.arange(num_blocks * block, device=q_BTHK.device).view(num_blocks, block)
+    key_NW = torch.arange(-near * block, block, device=q_BTHK.device) + query_NQ[:, :1]
+    mask_BNQW = sight.mask(query_NQ, key_NW, pools[0].shape[1], context.documents_BT)
+    mask = mask_BNQW.expand(batch, -1, -1, -1).flatten(0, 1)
+    # Copies are made again for the backward pass: kept, they would be the largest thing that a layer saves.
+    k, v = checkpoint(
+        lambda *given: tuple(by_blocks(x, pool, near, block) for x, pool in (given[:2], given[2:])),
+        tokens[0], pools[0], tokens[1], pools[1], use_reentrant=False, preserve_rng_state=False,
+    )  # fmt: skip
+    q = F.pad(q_BTHK, (0, 0, 0, 0, 0, num_blocks * block - length)).unflatten(1, (-1, block)).flatten(0, 1)
+    out = attend_under(q, k, v, mask.unsqueeze(1))
+    return out.unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :length]
+
+
+def by_blocks(x_BTHK: Tensor, pool_BPHK: Tensor, near: int, block: int) -> Tensor:
+    """For each block: all pools, the `near` blocks before it and itself, (B N, P + W, H, K)."""
+    num_blocks = -(-x_BTHK.shape[1] // block)
+    ends = (near * block, num_blocks * block - x_BTHK.shape[1])
+    x_BNSHK = F.pad(x_BTHK, (0, 0, 0, 0, *ends)).unflatten(1, (-1, block))
+    shifted = [x_BNSHK[:, start : start + num_blocks] for start in range(near + 1)]
+    pools = pool_BPHK.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)
+    return torch.cat((pools, *shifted), dim=2).flatten(0, 1)
+
+
+def attend_under(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask: Tensor) -> Tensor:
+    """Attention under a mask that is broadcast to (B, H, T, S)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
