@@ -34,14 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sabrage.attention.backends import (
-    CUDA_KERNELS,
-    Backend,
-    attend,
-    choose_backend,
-    fused_refusal,
-    visible,
-)
+from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
+from sabrage.attention.masks import visible
 from sabrage.attention.rotary import Rotary
 from sabrage.context import Context
 from sabrage.linear import Linear
@@ -57,7 +51,8 @@ class MultiHeadLatent(Mixer):
     A head's key is `head_width` + `rotary_width` wide and its value `value_width`; where the two are equal
     every attention kernel applies. `query_rank` makes queries from a normalised latent as well (None: from
     the input). `qk_norm` normalises each query and the rotary key; the rest of a key comes from a normalised
-    latent, and a norm of its own would leave no absorbed form. `zero_init` starts the output projection at 0.
+    latent, and a norm of its own would leave no absorbed form. `zero_init` starts the output projection at
+    zero. A layer sees the last `window` tokens, itself included, or all before it.
     """
 
     heads: int
@@ -69,12 +64,17 @@ class MultiHeadLatent(Mixer):
     rotary: Rotary = field(default_factory=Rotary)
     qk_norm: bool = False
     zero_init: bool = False
+    window: int | None = None
     backend: Backend = "auto"
 
     def problems(self) -> list[str]:
-        widths = {"heads": self.heads, "kv_rank": self.kv_rank, "head_width": self.head_width}
-        widths |= {"value_width": self.value_width, "query_rank": self.query_rank or 1}
-        found = [f"mixer.{name}={width} must be at least 1" for name, width in widths.items() if width < 1]
+        names = ("heads", "kv_rank", "head_width", "value_width", "query_rank", "window")
+        sizes = {name: getattr(self, name) for name in names}
+        found = [
+            f"mixer.{name}={size} must be at least 1"
+            for name, size in sizes.items()
+            if size is not None and size < 1
+        ]
         if self.rotary_width < 2 or self.rotary_width % 2:
             found.append(f"mixer.rotary_width={self.rotary_width} must be even and at least 2; use 32 or 64")
         return found
@@ -97,7 +97,10 @@ class MultiHeadLatent(Mixer):
         weights = dim * (self.kv_rank + self.rotary_width) + self.heads * self.value_width * dim
         weights += dim * queries if self.query_rank is None else self.query_rank * (dim + queries)
         weights += self.kv_rank * self.heads * (self.head_width + self.value_width)
-        return 2 * weights + self.heads * (key_width + self.value_width) * (sequence_length + 1)
+        window = min(self.window or sequence_length, sequence_length)
+        # The first `window` tokens see 1, 2, ... and the others `window` each.
+        pairs = window * (window + 1) // 2 + (sequence_length - window) * window
+        return 2 * weights + 2 * self.heads * (key_width + self.value_width) * pairs // sequence_length
 
 
 class LatentAttention(nn.Module):
@@ -108,7 +111,8 @@ class LatentAttention(nn.Module):
 
     def __init__(self, part: MultiHeadLatent, *, dim: int, layer: int) -> None:
         super().__init__()
-        self.layer, self.heads, self.backend, self.qk_norm = layer, part.heads, part.backend, part.qk_norm
+        self.layer, self.heads, self.qk_norm = layer, part.heads, part.qk_norm
+        self.window, self.backend = part.window, part.backend
         self.kv_rank, self.rotary_width, self.head_width = part.kv_rank, part.rotary_width, part.head_width
         queries = part.heads * (part.head_width + part.rotary_width)
         self.query_down = None if part.query_rank is None else Linear(dim, part.query_rank)
@@ -160,7 +164,7 @@ class LatentAttention(nn.Module):
         shared_BSHK = shared_BSK.unsqueeze(2).expand(-1, -1, self.heads, -1)
         k_BSHK = torch.cat((content_BSHC, shared_BSHK), dim=-1)
         v_BSHV = self.value(latent_BSR).unflatten(-1, (self.heads, -1))
-        return attend(q_BTHK, k_BSHK, v_BSHV, context, backend=self.backend)
+        return attend(q_BTHK, k_BSHK, v_BSHV, context, backend=self.backend, window=self.window)
 
     def absorbed(self, q_BTHK: Tensor, stream_BSX: Tensor, context: Context) -> Tensor:
         """The same over the stream as it is: the heads of a token are so many queries of one head."""
@@ -170,7 +174,8 @@ class LatentAttention(nn.Module):
         )
         absorbed_BTHR = torch.einsum("bthc,hcr->bthr", content_BTHC, key_HCR)
         q_B1MX = torch.cat((absorbed_BTHR, turned_BTHK), dim=-1).flatten(1, 2).unsqueeze(1)
-        mask = visible(context, stream_BSX.shape[1], q_BTHK.device).repeat_interleave(self.heads, dim=2)
+        mask = visible(context, stream_BSX.shape[1], q_BTHK.device, window=self.window)
+        mask = mask.repeat_interleave(self.heads, dim=2)
         key_B1SX, scale = stream_BSX.unsqueeze(1), q_BTHK.shape[-1] ** -0.5
         value_B1SR = key_B1SX[..., : self.kv_rank]
         out_B1MR = F.scaled_dot_product_attention(q_B1MX, key_B1SX, value_B1SR, attn_mask=mask, scale=scale)

@@ -1,8 +1,8 @@
 """One softmax over near tokens and the pools of passed blocks, in full and by blocks of queries.
 
 The full form is the specification and decodes; for whole sequences the other one gives each block of queries
-the keys that it can see: copies of near blocks and the pools of all. Both are scaled_dot_product_attention
-under one mask. Shapes as in `sabrage.attention.pooled`, and Q any number of queries.
+the keys that it can see: copies of near blocks and the pools of all. Masks are made once a forward pass and
+shared by its layers. Shapes as in `sabrage.attention.pooled`, and Q any number of queries.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sabrage.attention.backends import attend
 from sabrage.context import Context
 
 # Keys and values, (B, S, H, K) both.
@@ -62,15 +63,20 @@ class Sight:
 
 def attend_everywhere(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context, sight: Sight) -> Tensor:
     """Attention to all pools and all tokens under the mask, (B, T, H, K); from a cache as well."""
-    query_BT = torch.arange(q_BTHK.shape[1], device=q_BTHK.device)
-    if context.cache is not None:
-        assert context.positions_BT is not None, "decoding needs the positions of its queries"
-        assert context.documents_BT is None, "a cache knows no documents"
-        query_BT = context.positions_BT
-    key_S = torch.arange(tokens[0].shape[1], device=q_BTHK.device)
-    mask_BTS = sight.mask(query_BT, key_S, pools[0].shape[1], context.documents_BT)
+    num_entries, num_keys, device = pools[0].shape[1], tokens[0].shape[1], q_BTHK.device
+
+    def make() -> Tensor:
+        query_BT = torch.arange(q_BTHK.shape[1], device=device)
+        if context.cache is not None:
+            assert context.positions_BT is not None, "decoding needs the positions of its queries"
+            assert context.documents_BT is None, "a cache knows no documents"
+            query_BT = context.positions_BT
+        mask = sight.mask(query_BT, torch.arange(num_keys, device=device), num_entries, context.documents_BT)
+        return mask if mask.dim() == 3 else mask[None]
+
+    mask_BTS = context.once(("everywhere", sight, num_entries, num_keys), make)
     k, v = (torch.cat((pool, token), dim=1) for pool, token in zip(pools, tokens, strict=True))
-    return attend_under(q_BTHK, k, v, mask_BTS.unsqueeze(-3))
+    return attend(q_BTHK, k, v, context, backend="sdpa", mask_BTS=mask_BTS)
 
 
 def attend_by_blocks(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context, sight: Sight) -> Tensor:
@@ -78,17 +84,21 @@ def attend_by_blocks(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context
     batch, length, block = *q_BTHK.shape[:2], sight.block
     num_blocks = -(-length // block)
     near = sight.near_blocks(num_blocks)
-    query_NQ = torch.arange(num_blocks * block, device=q_BTHK.device).view(num_blocks, block)
-    key_NW = torch.arange(-near * block, block, device=q_BTHK.device) + query_NQ[:, :1]
-    mask_BNQW = sight.mask(query_NQ, key_NW, pools[0].shape[1], context.documents_BT)
-    mask = mask_BNQW.expand(batch, -1, -1, -1).flatten(0, 1)
+
+    def make() -> Tensor:
+        query_NQ = torch.arange(num_blocks * block, device=q_BTHK.device).view(num_blocks, block)
+        key_NW = torch.arange(-near * block, block, device=q_BTHK.device) + query_NQ[:, :1]
+        mask_BNQW = sight.mask(query_NQ, key_NW, pools[0].shape[1], context.documents_BT)
+        return mask_BNQW.expand(batch, -1, -1, -1).flatten(0, 1)
+
+    mask = context.once(("by blocks", sight, batch, length), make)
     # Copies are made again for the backward pass: kept, they would be the largest thing that a layer saves.
-    k, v = checkpoint(
-        lambda *given: tuple(by_blocks(x, pool, near, block) for x, pool in (given[:2], given[2:])),
-        tokens[0], pools[0], tokens[1], pools[1], use_reentrant=False, preserve_rng_state=False,
-    )  # fmt: skip
+    k, v = (
+        checkpoint(by_blocks, token, pool, near, block, use_reentrant=False, preserve_rng_state=False)
+        for token, pool in zip(tokens, pools, strict=True)
+    )
     q = F.pad(q_BTHK, (0, 0, 0, 0, 0, num_blocks * block - length)).unflatten(1, (-1, block)).flatten(0, 1)
-    out = attend_under(q, k, v, mask.unsqueeze(1))
+    out = attend(q, k, v, context, backend="sdpa", mask_BTS=mask)
     return out.unflatten(0, (batch, num_blocks)).flatten(1, 2)[:, :length]
 
 
@@ -100,9 +110,3 @@ def by_blocks(x_BTHK: Tensor, pool_BPHK: Tensor, near: int, block: int) -> Tenso
     shifted = [x_BNSHK[:, start : start + num_blocks] for start in range(near + 1)]
     pools = pool_BPHK.unsqueeze(1).expand(-1, num_blocks, -1, -1, -1)
     return torch.cat((pools, *shifted), dim=2).flatten(0, 1)
-
-
-def attend_under(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask: Tensor) -> Tensor:
-    """Attention under a mask that is broadcast to (B, H, T, S)."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from sabrage.config import ConfigError, nearest, override
 from sabrage.recipe import Recipe
+from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.fused import fused
@@ -13,7 +14,13 @@ from sabrage.recipes.precisions import precisions
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
-    for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions, *latent)
+    for recipe in (
+        *(nocap, nocap_mini, demo, base, base_adamw, muon),
+        *fused,
+        *precisions,
+        *attention,
+        *latent,
+    )
 }
 
 
