@@ -20,11 +20,11 @@ Choosing ranks at width 768, per layer:
 | setting | parameters | floats cached per token |
 | --- | ---: | ---: |
 | `MultiHead(heads=12)` | 2,359,296 | 1,536 |
-| 12 heads, kv_rank 256, rotary 32, 32 + 32 wide keys | 1,695,744 | 288 |
-| 12 heads, kv_rank 192, rotary 32 | 1,523,712 | 224 |
-| parameter-matched to `MultiHead`: kv_rank 601 | 2,358,144 | 633 |
-| cache-matched to two key/value heads of 64: kv_rank 224 | 1,609,728 | 256 |
-| DeepSeek's 512 + 64, head_width 64 | 2,998,272 | 576 |
+| `mla` | 1,695,744 | 288 |
+| `mla-small` | 1,572,864 | 224 |
+| as many parameters as `MultiHead`: kv_rank=601 | 2,358,144 | 633 |
+| caches as two key/value heads do: kv_rank=224 | 1,634,304 | 256 |
+| DeepSeek's kv_rank=512, rotary_width=64, head_width=64 | 2,998,272 | 576 |
 """
 
 from dataclasses import dataclass, field, replace
