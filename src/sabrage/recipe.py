@@ -118,7 +118,7 @@ class Recipe(Part):
         return found
 
     def narrow(self, facts: Any) -> Any:
-        return replace(facts, products=self.precision.peak())
+        return replace(facts, products=self.precision.peak(), dim=self.model.dim)
 
     def validate(self, facts: DeviceFacts | None = None) -> Self:
         """The recipe itself when nothing is wrong; ConfigError naming ALL problems otherwise."""

@@ -1,62 +1,52 @@
 """Attention backends: all compute what `plain` computes, and none runs where it cannot."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
+from attention_cases import CACHE, CASES, Case
 
-from sabrage.attention.backends import Backend, attend, choose_backend, visible
+from sabrage.attention import packages
+from sabrage.attention.backends import KNOWS, Backend, attend, choose_backend, refusal
+from sabrage.attention.masks import visible
 from sabrage.attention.multi_head import MultiHead
+from sabrage.attention.scores import Alibi
 from sabrage.context import Context
-from sabrage.generate.cache import DenseCache
-from sabrage.recipes import find
 from sabrage.run.device import DeviceFacts
 
-
-def draw(*, batch=2, queries=17, keys=None, heads=3, width=16, dtype=torch.float32, device="cpu", seed=0):
-    """q_BTHK, k_BSHK, v_BSHK and the gradient of the output, normal."""
-    generator = torch.Generator(device).manual_seed(seed)
-    lengths = (queries, keys or queries, keys or queries, queries)
-    shapes = [(batch, length, heads, width) for length in lengths]
-    return [torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes]
+FUSED = [name for name in KNOWS if name not in ("plain", "sdpa")]
+NAMED = {case.name: case for case in CASES}
 
 
-def run(function, q, k, v, pull):
-    """The output and the gradients of q, k and v."""
-    learning = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = function(*learning)
-    return [out.detach(), *torch.autograd.grad(out, learning, pull.to(out.dtype))]
+def facts(capability, products="bf16", kind="cuda", **more):
+    return DeviceFacts(kind=kind, name="card", memory=1, capability=capability, products=products, **more)
 
 
-def contexts():
-    documents_BT = torch.tensor([[0] * 5 + [1] * 12, [3] * 16 + [4]])
-    return {
-        "causal": (17, None, Context()),
-        "documents": (17, None, Context(documents_BT=documents_BT)),
-        "decoding": (3, 17, Context(positions_BT=torch.tensor([[14, 15, 16], [9, 10, 11]]), cache=CACHE)),
-        "one token": (1, 17, Context(positions_BT=torch.tensor([[16], [3]]), cache=CACHE)),
-        "prefill": (17, None, Context(positions_BT=torch.arange(17).expand(2, -1), cache=CACHE)),
-    }
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sdpa_equals_plain_in_output_and_gradients(case):
+    expected, got = case.run("plain"), case.run("sdpa")
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
-CACHE = DenseCache(find("demo").model, batch=1, capacity=1)
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("name", ["decoding", "decoding in a window", "prefill", "decoding with a bias"])
+def test_every_fused_backend_decodes_on_any_device(backend, name):
+    expected, got = NAMED[name].run("plain"), NAMED[name].run(backend)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", contexts())
-def test_sdpa_equals_plain_in_output_and_gradients(name):
-    queries, keys, context = contexts()[name]
-    inputs = draw(queries=queries, keys=keys)
-    plain, sdpa = (
-        run(lambda q, k, v, b=backend: attend(q, k, v, context, backend=b), *inputs)
-        for backend in ("plain", "sdpa")
-    )
-    for expected, got in zip(plain, sdpa, strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "fa3", "fa4"])
+def test_a_backend_that_knows_no_documents_gives_way_to_the_mask_in_full(backend):
+    expected, got = NAMED["documents"].run("plain"), NAMED["documents"].run(backend)
+    torch.testing.assert_close(got["out"], expected["out"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 63, 217])
 def test_plain_is_softmax_of_scaled_products_over_the_past(length):
-    q, k, v, _ = draw(batch=1, queries=length, heads=1, width=4)
+    q, k, v, _ = Case("", queries=length, heads=1, groups=1, width=4, batch=1).inputs()
     out = attend(q, k, v, Context(), backend="plain")
     for t in {0, length // 2, length - 1}:
         scores = torch.stack([(q[0, t, 0] * k[0, s, 0]).sum() / 2 for s in range(t + 1)])
@@ -64,37 +54,67 @@ def test_plain_is_softmax_of_scaled_products_over_the_past(length):
         torch.testing.assert_close(out[0, t, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", get_args(Backend))
-def test_every_backend_takes_documents_and_decoding_on_any_device(backend):
-    for queries, keys, context in contexts().values():
-        if context.cache is None and context.documents_BT is None:
-            continue
-        q, k, v, _ = draw(queries=queries, keys=keys)
-        expected = attend(q, k, v, context, backend="plain")
-        torch.testing.assert_close(attend(q, k, v, context, backend=backend), expected, atol=1e-5, rtol=1e-5)
+def test_plain_stays_in_fp32_under_autocast():
+    q, k, v, _ = Case("", groups=2).inputs()
+    expected = attend(q, k, v, Context(), backend="plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(q, k, v, Context(), backend="plain"), expected)
+
+
+def test_a_query_head_reads_the_key_head_of_its_group():
+    q, k, v, _ = Case("", heads=6, groups=3).inputs()
+    grouped = attend(q, k, v, Context(), backend="plain")
+    for head in range(6):
+        one = slice(head // 2, head // 2 + 1)
+        alone = attend(q[:, :, head : head + 1], k[:, :, one], v[:, :, one], Context(), backend="plain")
+        torch.testing.assert_close(grouped[:, :, head : head + 1], alone)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_a_window_over_the_whole_sequence_is_none_bit_for_bit(backend):
+    q, k, v, _ = Case("").inputs()
+    wide, none = (attend(q, k, v, Context(), backend=backend, window=window) for window in (217, None))
+    assert torch.equal(wide, none)
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_positions_without_a_cache_do_not_open_the_mask(backend):
-    q, k, v, _ = draw()
+    q, k, v, _ = Case("", queries=17).inputs()
     expected = attend(q, k, v, Context(), backend=backend)
     for positions_BT in (torch.arange(5, 22).expand(2, -1), torch.zeros(2, 17, dtype=torch.long)):
         got = attend(q, k, v, Context(positions_BT=positions_BT), backend=backend)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
-def test_the_mask_shows_the_past_of_the_same_document():
-    mask = visible(Context(documents_BT=torch.tensor([[0, 0, 1]])), 3, torch.device("cpu"))
+def test_the_mask_shows_the_past_of_the_same_document_within_the_window():
+    cpu = torch.device("cpu")
+    mask = visible(Context(documents_BT=torch.tensor([[0, 0, 1]])), 3, cpu)
     assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
     decoding = Context(positions_BT=torch.tensor([[1], [2]]), cache=CACHE)
-    assert visible(decoding, 4, torch.device("cpu"))[:, 0, 0].tolist() == [
-        [True, True, False, False],
-        [True, True, True, False],
-    ]
+    assert visible(decoding, 4, cpu)[:, 0, 0].tolist() == [[True, True, False, False], [True] * 3 + [False]]
+    assert visible(decoding, 4, cpu, window=2)[1, 0, 0].tolist() == [False, True, True, False]
+
+
+def test_a_given_mask_takes_the_place_of_the_causal_one_and_keys_may_be_anything():
+    q, k, v, _ = Case("", queries=5, keys=9).inputs()
+    mask_BTS = torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(4)) > 0.5
+    mask_BTS[..., 0] = True
+    for backend in ("plain", "sdpa", "flash"):
+        out = attend(q, k, v, Context(), backend=backend, mask_BTS=mask_BTS)
+        seen = mask_BTS[1, 3]
+        weights = ((k[1, seen, 2] @ q[1, 3, 2]) / 4).softmax(0)
+        torch.testing.assert_close(out[1, 3, 2], weights @ v[1, seen, 2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_is_made_once_a_forward_pass():
+    context = Context(documents_BT=torch.zeros(1, 3, dtype=torch.long))
+    cpu = torch.device("cpu")
+    assert visible(context, 3, cpu) is visible(context, 3, cpu)
+    assert visible(context, 3, cpu) is not visible(context, 3, cpu, window=2)
 
 
 def test_a_cache_with_documents_or_without_positions_is_not_guessed_at():
-    q, k, v, _ = draw(queries=1, keys=5)
+    q, k, v, _ = Case("", queries=1, keys=5).inputs()
     with pytest.raises(AssertionError, match="positions"):
         attend(q, k, v, Context(cache=CACHE), backend="sdpa")
     documents = Context(
@@ -104,68 +124,88 @@ def test_a_cache_with_documents_or_without_positions_is_not_guessed_at():
         attend(q, k, v, documents, backend="sdpa")
 
 
-@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "cudnn", "varlen", "fa3", "fa4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_backend_never_gives_way_silently(backend, dtype):
-    q, k, v, _ = draw(dtype=dtype)
+    q, k, v, _ = Case("").inputs(dtype)
     with pytest.raises(ValueError, match=f"attention backend '{backend}' takes bf16 or fp16 on CUDA"):
         attend(q, k, v, Context(), backend=backend)
 
 
-def facts(capability, products="bf16", kind="cuda"):
-    return DeviceFacts(kind=kind, name="card", memory=1, capability=capability, products=products)
-
-
 @pytest.mark.parametrize(
-    ("device", "chosen"),
+    ("device", "needs", "chosen"),
     [
-        (facts(None, kind="cpu"), "sdpa"),
-        (facts(None, kind="mps"), "sdpa"),
-        (facts((7, 5), "fp16"), "sdpa"),
-        (facts((8, 0)), "flash"),
-        (facts((8, 6), "fp16"), "flash"),
-        (facts((8, 9), "fp8"), "flash"),
-        (facts((9, 0)), "cudnn"),
-        (facts((9, 0), "tf32"), "sdpa"),
-        (facts((9, 0), "fp32"), "sdpa"),
-        (facts((9, 0), None), "sdpa"),
-        (facts((12, 0)), "flash"),
+        (facts(None, kind="cpu"), (), "sdpa"),
+        (facts(None, kind="cpu"), ("window",), "sdpa"),
+        (facts(None, kind="cpu"), ("scores",), "plain"),
+        (facts(None, kind="mps"), (), "sdpa"),
+        (facts((7, 5), "fp16"), (), "sdpa"),
+        (facts((8, 0)), (), "flash"),
+        (facts((8, 6), "fp16"), (), "flash"),
+        (facts((8, 6)), ("scores",), "flex"),
+        (facts((8, 9), "fp8"), (), "flash"),
+        (facts((8, 9)), ("documents",), "flex"),
+        (facts((9, 0)), (), "cudnn"),
+        (facts((9, 0)), ("window",), "flex"),
+        (facts((9, 0)), ("window", "documents", "scores"), "flex"),
+        (facts((9, 0), "tf32"), (), "sdpa"),
+        (facts((9, 0), "fp32"), ("documents",), "sdpa"),
+        (facts((9, 0), "fp32"), ("scores",), "plain"),
+        (facts((9, 0), None), (), "sdpa"),
+        (facts((12, 0)), (), "flash"),
+        (facts((12, 0)), ("window",), "flex"),
     ],
 )
-def test_auto_means_the_fastest_that_runs(device, chosen):
-    assert choose_backend("auto", device) == chosen
-    part = MultiHead(heads=2)
+def test_auto_means_the_fastest_that_runs_and_knows_the_mask(device, needs, chosen, monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda name: "is not installed")
+    assert choose_backend("auto", device, needs) == chosen
+    assert refusal(chosen, device, needs) is None
+    part = MultiHead(
+        heads=2,
+        window=9 if "window" in needs else None,
+        scores=(Alibi(),) if "scores" in needs else (),
+    )
+    device = replace(device, documents="documents" in needs)
     assert part.resolve(device).backend == chosen
     assert part.resolve(device).refusal(device) is None
 
 
-@pytest.mark.parametrize("backend", ["plain", "sdpa", "flash", "cudnn"])
+def test_auto_passes_over_what_is_too_narrow_for_the_heads(monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda name: "is not installed")
+    assert choose_backend("auto", facts((9, 0)), width=256) == "flex"
+    assert MultiHead(heads=2).resolve(facts((9, 0), dim=512)).backend == "flex"
+    assert MultiHead(heads=4).resolve(facts((9, 0), dim=512)).backend == "cudnn"
+    assert "width 128 at most and these have 256" in refusal("cudnn", facts((9, 0)), width=256)
+
+
+def test_an_extra_package_is_taken_where_it_is_there_and_named_with_the_remedy_where_not(monkeypatch):
+    monkeypatch.setattr(packages, "missing", lambda name: None)
+    assert choose_backend("auto", facts((9, 0)), ("window",)) == "fa3"
+    assert choose_backend("auto", facts((9, 0))) == "cudnn"
+    assert choose_backend("auto", facts((10, 0))) == "fa4"
+    monkeypatch.undo()
+    if packages.missing("fa4") is None:
+        pytest.skip("FlashAttention-4 is installed here")
+    said = refusal("fa4", facts((10, 0)))
+    assert said.startswith("attention backend 'fa4' is not installed (pip install 'sabrage[fa4]')")
+
+
+@pytest.mark.parametrize("backend", [name for name in get_args(Backend) if name != "auto"])
 def test_a_named_backend_stays_what_it_is(backend):
     assert choose_backend(backend, facts((9, 0))) == backend
-    assert choose_backend(backend, facts(None, kind="cpu")) == backend
+    assert choose_backend(backend, facts(None, kind="cpu"), ("scores",)) == backend
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fused attention needs a CUDA device")
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("length", [63, 217, 1024])
-@pytest.mark.parametrize("backend", ["flash", "cudnn"])
-def test_fused_attention_errs_at_most_twice_as_much_as_torch_in_the_same_precision(backend, length, width):
-    if backend == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("cuDNN's attention is chosen on Hopper only")
-    inputs = draw(queries=length, heads=4, width=width, dtype=torch.bfloat16, device="cuda")
-    context = Context()
-    fused = run(lambda q, k, v: attend(q, k, v, context, backend=backend), *inputs)
-    same = run(same_precision, *inputs)
-    exact = run(lambda q, k, v: attend(q, k, v, context, backend="plain"), *(x.float() for x in inputs))
-    for name, got, torchs, truth in zip(("out", "dq", "dk", "dv"), fused, same, exact, strict=True):
-        error, allowed = ((x.float() - truth).abs().max().item() for x in (got, torchs))
-        assert error <= 2 * allowed + 1e-5, f"{name}: error {error:.3g}, that of torch in bf16 {allowed:.3g}"
-
-
-def same_precision(q_BTHK, k_BTHK, v_BTHK):
-    """Causal attention with every product in the inputs' precision."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    later = torch.ones(q.shape[2], q.shape[2], device=q.device).triu(1).bool()
-    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(later, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+def test_a_named_backend_that_does_not_know_the_mask_is_refused_with_those_that_do():
+    said = refusal("cudnn", facts((9, 0)), ("window",))
+    assert said == (
+        "attention backend 'cudnn' knows no window; use backend=auto, or one of plain, sdpa, flex, varlen, "
+        "fa3, fa4"
+    )
+    part = MultiHead(heads=2, backend="sdpa", scores=(Alibi(),))
+    assert "'sdpa' knows no scores" in part.refusal(facts(None, kind="cpu"))
+    documents = replace(facts((9, 0)), documents=True)
+    assert "'flash' knows no documents" in MultiHead(heads=2, backend="flash").refusal(documents)
+    assert "'cudnn' knows no window" in MultiHead(heads=2, backend="cudnn", window_share=0.5).refusal(
+        facts((9, 0))
+    )

@@ -6,6 +6,7 @@ from sabrage.cli import main
 
 COMMANDS = {
     "kernels": ["kernels"],
+    "attention": ["attention", "--full", "--out", "made/attention.json"],
     "step": ["step", "base", "--out", "made/steps.json"],
     "baseline": ["baseline", "--data", "data", "--out", "made"],
 }

@@ -1,15 +1,16 @@
 """Scaled dot-product attention by several implementations behind one function.
 
 out = softmax(modify(q k^T / sqrt(K)) + mask) v. `plain` is the specification, in fp32, and `sdpa` is torch's
-choice. On CUDA `flash` is FlashAttention-2 and `cudnn` is cuDNN's fused attention (FlashAttention-3 class on
-Hopper), both through torch's scaled_dot_product_attention, for bf16 and fp16.
+choice; both run everywhere. The others are for CUDA, bf16 and fp16: `flash` is FlashAttention-2 and `cudnn`
+cuDNN's fused attention (FlashAttention-3 class on Hopper), `flex` is FlexAttention, `varlen` FlashAttention-2
+over a flat batch, `fa3` and `fa4` are packages of their own.
 
 The rule: a fused backend is for whole sequences under the masks that it knows, `KNOWS`. Where the mask is
 another one, and in decoding from a cache, it gives way to `sdpa` with that mask, or to `plain` where scores
 are modified.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -17,17 +18,67 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sabrage.attention.masks import distances, visible
+from sabrage.attention import packages
+from sabrage.attention.dense import masked, of_one_width, plain, repeated
+from sabrage.attention.flex import flex
 from sabrage.attention.scores import ScoreModule
+from sabrage.attention.varlen import varlen
 from sabrage.context import Context
 from sabrage.run.device import DeviceFacts
 
-Backend = Literal["auto", "plain", "sdpa", "flash", "cudnn"]
+Backend = Literal["auto", "plain", "sdpa", "flash", "cudnn", "flex", "varlen", "fa3", "fa4"]
+# What a mask may need beside causality.
+Need = Literal["window", "documents", "scores"]
+
+# What each backend can do beside causal attention.
+KNOWS: dict[str, set[Need]] = {
+    "plain": {"window", "documents", "scores"},
+    "sdpa": {"window", "documents"},
+    "flash": set(),
+    "cudnn": set(),
+    "flex": {"window", "documents", "scores"},
+    "varlen": {"window", "documents"},
+    "fa3": {"window"},
+    "fa4": {"window"},
+}
 CUDA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# The widest head of those that have a limit.
+WIDEST = {"flash": 256, "cudnn": 128, "varlen": 256, "fa3": 256, "fa4": 128}
+
+# What "auto" tries, in order, by the first number of the compute capability: the first that knows the mask
+# and can be used. Measured on an H100 (torch 2.11, causal, T=2,048, forward / backward TFLOP/s): cudnn
+# 508 / 384 at head width 128 and 391 / 320 at 64; flex 341 / 314 and 324 / 242; flash 294 / 215 and
+# 267 / 195.
+# Not measured here: fa3 with a window (modded-nanogpt went from FlexAttention to it, and gained), fa4 (for
+# Blackwell its authors report more than cuDNN), and every card but Hopper, where flash is the safe choice.
+PREFERRED: dict[int, tuple[Backend, ...]] = {
+    8: ("flash", "flex"),
+    9: ("cudnn", "fa3", "flex", "flash"),
+    10: ("fa4", "cudnn", "flex", "flash"),
+}
+OTHERWISE: tuple[Backend, ...] = ("flash", "flex")
 
 
-def fused_refusal(backend: str, facts: DeviceFacts) -> str | None:
-    """Why this device, or the format of the run's matrix products, rules a fused backend out; else None."""
+def needs_of(*, window: bool = False, documents: bool = False, scores: bool = False) -> frozenset[Need]:
+    """What a mask needs, as a set."""
+    asked: dict[Need, bool] = {"window": window, "documents": documents, "scores": scores}
+    return frozenset(need for need, wanted in asked.items() if wanted)
+
+
+def ignorance(backend: str, needs: Collection[Need]) -> str | None:
+    """Why the backend cannot do what is needed on any device, with what can; else None."""
+    if backend == "auto" or KNOWS[backend].issuperset(needs):
+        return None
+    told = ", ".join(sorted(set(needs) - KNOWS[backend]))
+    others = ", ".join(name for name, known in KNOWS.items() if known.issuperset(needs))
+    return f"attention backend {backend!r} knows no {told}; use backend=auto, or one of {others}"
+
+
+def fused_refusal(backend: str, facts: DeviceFacts, *, width: int | None = None) -> str | None:
+    """Why this device, or the format of the run's matrix products, rules a fused backend out; else None.
+
+    The packages of `fa3` and `fa4` are run to find out.
+    """
     if facts.kind != "cuda" or facts.capability is None or facts.capability < (8, 0):
         return (
             f"attention backend {backend!r} needs a CUDA device of compute capability 8.0 and {facts.name} "
@@ -38,20 +89,40 @@ def fused_refusal(backend: str, facts: DeviceFacts) -> str | None:
             f"attention backend {backend!r} takes bf16 or fp16 and the products of this run are "
             f"{facts.products}; use backend=auto or sdpa, or --set precision=Bf16"
         )
+    if width is not None and width > WIDEST.get(backend, width):
+        return (
+            f"attention backend {backend!r} takes heads of width {WIDEST[backend]} at most and these have "
+            f"{width}; use backend=auto or flex, or more heads"
+        )
+    if backend in packages.MODULES:
+        reason = packages.missing(backend)
+        return reason and f"attention backend {backend!r} {reason}; use backend=auto, cudnn or flex"
     return None
 
 
-def choose_backend(backend: Backend, facts: DeviceFacts) -> Backend:
-    """The backend that "auto" means on this device, for products of the run's format ("sdpa" where unknown).
+def refusal(
+    backend: Backend, facts: DeviceFacts, needs: Collection[Need] = (), *, width: int | None = None
+) -> str | None:
+    """Why this backend cannot be had on this device under this mask, or None when it can."""
+    if backend in ("auto", "plain", "sdpa"):
+        return ignorance(backend, needs)
+    return ignorance(backend, needs) or fused_refusal(backend, facts, width=width)
 
-    Measured on an H100 (torch 2.11, head 64, T=2,048, forward / backward TFLOP/s): cuDNN 391 / 320,
-    flash 267 / 195. cuDNN's kernels are that fast on Hopper only; Ampere and Ada take flash.
+
+def choose_backend(
+    backend: Backend, facts: DeviceFacts, needs: Collection[Need] = (), *, width: int | None = None
+) -> Backend:
+    """The backend that "auto" means on this device and under this mask, for products of the run's format.
+
+    `plain` and `sdpa` where no fused one can be used, and where the format is unknown.
     """
     if backend != "auto":
         return backend
-    if facts.products is None or facts.capability is None or fused_refusal("auto", facts):
-        return "sdpa"
-    return "cudnn" if facts.capability[0] == 9 else "flash"
+    if facts.products is not None and facts.capability is not None:
+        for name in PREFERRED.get(facts.capability[0], OTHERWISE):
+            if refusal(name, facts, needs, width=width) is None:
+                return name
+    return "plain" if "scores" in needs else "sdpa"
 
 
 def attend(
@@ -69,67 +140,61 @@ def attend(
 
     `window` is how many tokens a query sees, itself included. `scores` change the scores, in this order.
     `mask_BTS`, (B or 1, T, S), true where query t sees key s, takes the place of the causal mask, of window
-    and documents; keys may then be anything. Raises ValueError where a fused backend meets the wrong tensors.
+    and documents; keys may then be anything, and only plain and flex modify scores. Every query must see
+    something. "auto" that nobody has resolved is `sdpa`. Raises ValueError where a fused backend meets the
+    wrong tensors.
     """
+    if backend == "auto":
+        backend = "sdpa"
     if window is not None and window >= k_BSGK.shape[1]:
         window = None
+    needs = needs_of(
+        window=window is not None, documents=context.documents_BT is not None, scores=len(scores) > 0
+    )
+    decoding, given = context.cache is not None, mask_BTS is not None
+    known = KNOWS[backend].issuperset(needs) and not decoding and (not given or backend == "flex")
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGX))
-    causal = context.cache is None and context.documents_BT is None and window is None and mask_BTS is None
-    if backend == "plain" or len(scores):
+    if backend == "plain" or (scores and not known):
         out = plain(q, k, v, context, window=window, scores=scores, mask_BTS=mask_BTS)
-    elif not causal:
-        k, v = (repeated(x, q.shape[1]) for x in (k, v))
-        mask = seen(context, k.shape[2], q.device, window, mask_BTS)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    elif backend in CUDA_KERNELS:
-        if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"attention backend {backend!r} takes bf16 or fp16 on CUDA and got {q.dtype} on "
-                f"{q.device.type}; use backend=auto or sdpa"
-            )
-        with sdpa_kernel(CUDA_KERNELS[backend]):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
+    elif not known or (backend == "sdpa" and needs):
+        out = masked(q, k, v, context, window=window, mask_BTS=mask_BTS)
+    elif backend == "flex":
+        out = flex(q, k, v, context, window=window, scores=scores, mask_BTS=mask_BTS)
+    elif backend == "sdpa":
         k, v = (repeated(x, q.shape[1]) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        check_fused(backend, q_BTHK)
+        return fused(backend, q_BTHK, k_BSGK, v_BSGX, context, window)
     return out.transpose(1, 2)
 
 
-def plain(
-    q_BHTK: Tensor,
-    k_BGSK: Tensor,
-    v_BGSX: Tensor,
+def check_fused(backend: str, q_BTHK: Tensor) -> None:
+    """Raises ValueError for tensors that fused kernels do not take."""
+    if not q_BTHK.is_cuda or q_BTHK.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention backend {backend!r} takes bf16 or fp16 on CUDA and got {q_BTHK.dtype} on "
+            f"{q_BTHK.device.type}; use backend=auto or sdpa"
+        )
+
+
+def fused(
+    backend: Backend,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGX: Tensor,
     context: Context,
-    *,
     window: int | None,
-    scores: Sequence[ScoreModule],
-    mask_BTS: Tensor | None,
 ) -> Tensor:
-    """The specification: every product and the softmax in fp32, also under autocast."""
-    heads, num_keys, device = q_BHTK.shape[1], k_BGSK.shape[2], q_BHTK.device
-    with torch.autocast(device.type, enabled=False):
-        k, v = (repeated(x.float(), heads) for x in (k_BGSK, v_BGSX))
-        score_BHTS = (q_BHTK.float() @ k.transpose(-1, -2)) * q_BHTK.shape[-1] ** -0.5
-        if scores:
-            head_H11 = torch.arange(heads, device=device)[:, None, None]
-            distance_B1TS = distances(context, num_keys, device)[:, None]
-            for score in scores:
-                score_BHTS = score.function(num_keys)(score_BHTS, head_H11, distance_B1TS)
-        mask = seen(context, num_keys, device, window, mask_BTS)
-        weights = score_BHTS.masked_fill(~mask, float("-inf")).softmax(-1)
-        return (weights @ v).to(v_BGSX.dtype)
-
-
-def seen(
-    context: Context, num_keys: int, device: torch.device, window: int | None, mask_BTS: Tensor | None
-) -> Tensor:
-    """The mask of every query and key, (B or 1, 1, T, S)."""
-    if mask_BTS is not None:
-        return mask_BTS[:, None]
-    return visible(context, num_keys, device, window=window)
-
-
-def repeated(x_BGSX: Tensor, heads: int) -> Tensor:
-    """Each key/value head once for every query head that reads it, (B, H, S, X)."""
-    groups = x_BGSX.shape[1]
-    return x_BGSX if groups == heads else x_BGSX.repeat_interleave(heads // groups, dim=1)
+    """Whole sequences by one of the kernels for CUDA alone, (B, T, H, X)."""
+    if backend in packages.MODULES:
+        return packages.run(backend, q_BTHK, k_BTGK, v_BTGX, window=window)
+    heads, width, scale = q_BTHK.shape[2], v_BTGX.shape[3], q_BTHK.shape[3] ** -0.5
+    q, k, v = (repeated(x.transpose(1, 2), heads) for x in (q_BTHK, k_BTGK, v_BTGX))
+    if backend == "varlen":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return varlen(q, k, v, context, window=window)
+    q, k, v = of_one_width(q, k, v)
+    with sdpa_kernel(CUDA_KERNELS[backend]):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out[..., :width].transpose(1, 2)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
+from sabrage.attention.backends import Backend, Need, attend, choose_backend, needs_of, refusal
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import ScorePart
 from sabrage.context import Context
@@ -76,11 +76,23 @@ class MultiHead(Mixer):
         """Key/value heads."""
         return self.kv_heads or self.heads
 
+    @property
+    def windowed(self) -> bool:
+        """Whether some step may see less than all."""
+        return self.window is not None or self.window_share is not None
+
+    def needs(self, facts: DeviceFacts) -> frozenset[Need]:
+        return needs_of(window=self.windowed, documents=facts.documents, scores=bool(self.scores))
+
     def refusal(self, facts: DeviceFacts) -> str | None:
-        return fused_refusal(self.backend, facts) if self.backend in CUDA_KERNELS else None
+        return refusal(self.backend, facts, self.needs(facts), width=self.width(facts))
 
     def resolve(self, facts: DeviceFacts) -> Self:
-        return replace(self, backend=choose_backend(self.backend, facts))
+        chosen = choose_backend(self.backend, facts, self.needs(facts), width=self.width(facts))
+        return replace(self, backend=chosen)
+
+    def width(self, facts: DeviceFacts) -> int | None:
+        return facts.dim // self.heads if facts.dim and self.heads else None
 
     def streams(self, dim: int) -> dict[str, int]:
         width = dim // self.heads * self.groups

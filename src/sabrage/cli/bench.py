@@ -1,4 +1,4 @@
-"""`sabrage bench`: what kernels, training steps and the baseline take on this machine's GPU."""
+"""`sabrage bench`: what kernels, attention, training steps and the baseline take on this machine's GPU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,30 @@ class Kernels:
         from sabrage.bench.kernels import measure
 
         measure(self.name, out=self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Time the attention backends, forward and backward, beside the rate of a large product.
+
+    By mask (causal, window, documents), head width (64, 128) and length; a cell whose error is too large has
+    no numbers. One length takes about a minute, all of them about six.
+
+    Try:
+      sabrage bench attention
+      sabrage bench attention --full --out results/attention.json
+    """
+
+    full: bool = False
+    """All lengths, 512 to 16,384; by default 2,048 alone."""
+    out: Path | None = None
+    """Write the result file here, and a chart (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.attention import measure
+
+        measure(full=self.full, out=self.out)
         return 0
 
 
@@ -95,16 +119,18 @@ def require_cuda() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure on this machine's GPU: kernels, the steps of recipes, or the baseline as a whole.
+    """Measure on this machine's GPU: kernels, attention, the steps of recipes, or the baseline as a whole.
 
     Try:
       sabrage bench kernels
+      sabrage bench attention --out results/attention.json
       sabrage bench step nocap base --out results/steps.json
       sabrage bench baseline --data data/stand-in --out results
     """
 
     command: Annotated[
         Annotated[Kernels, tyro.conf.subcommand("kernels")]
+        | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Step, tyro.conf.subcommand("step")]
         | Annotated[Baseline, tyro.conf.subcommand("baseline")],
         tyro.conf.arg(name=""),

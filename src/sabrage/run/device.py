@@ -31,7 +31,8 @@ class DeviceFacts:
     """What the device is and can do; sizes in bytes, rates in FLOP/s, `capability` None off CUDA.
 
     `triton` is the version of the Triton installed beside it, None where there is none. `products` is the
-    format of the run's matrix products (fp32, tf32, bf16, ...), None where no recipe has said it yet.
+    format of the run's matrix products (fp32, tf32, bf16, ...), None where no recipe has said it yet; `dim`
+    is the model's width, likewise. `documents` says whether rows hold documents that do not see each other.
     """
 
     kind: str
@@ -43,6 +44,8 @@ class DeviceFacts:
     peaks: dict[str, float] = field(default_factory=dict)
     triton: str | None = None
     products: str | None = None
+    dim: int | None = None
+    documents: bool = False
 
     @property
     def has_bf16(self) -> bool:

@@ -1,0 +1,145 @@
+"""FlexAttention (Dong et al. 2024, arXiv 2412.05496): masks and score functions compiled into one kernel.
+
+It skips blocks of 128 x 128 pairs in which nobody sees anybody, and asks the mask only in blocks that are not
+seen as a whole. Which are which is found out by block, from the first and last position and the smallest and
+largest document of each, on the device and inside the compiled graph.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from sabrage.attention.scores import ScoreModule
+from sabrage.context import Context
+
+BLOCK = 128
+# Tiles that fit the 99 KB of shared memory of compute capability 8.6 and 8.9, where torch's own for head
+# widths beyond 64 do not.
+SMALL_MEMORY = 128 * 1024
+SMALL_TILES = {
+    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64,
+    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32,
+}  # fmt: skip
+
+
+def flex(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSX: Tensor,
+    context: Context,
+    *,
+    window: int | None,
+    scores: Sequence[ScoreModule],
+    mask_BTS: Tensor | None,
+) -> Tensor:
+    """Whole sequences, (B, H, T, X): FlexAttention in the caller's graph, or compiled alone where none is."""
+    functions = [score.function(k_BGSK.shape[2]) for score in scores]
+
+    def modified(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        for function in functions:
+            score = function(score, head, query - key)
+        return score
+
+    if mask_BTS is None:
+        length = q_BHTK.shape[2]
+        mask = context.once(
+            ("blocks", length, window), lambda: block_mask(length, window, context, q_BHTK.device)
+        )
+    else:
+        mask = given_mask(mask_BTS)
+    run: Callable = flex_attention
+    if q_BHTK.is_cuda and not torch.compiler.is_compiling():
+        run = compiled_flex()
+    return run(
+        q_BHTK,
+        k_BGSK,
+        v_BGSX,
+        score_mod=modified if functions else None,
+        block_mask=mask,
+        enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
+        kernel_options=tiles(q_BHTK.device, max(q_BHTK.shape[-1], v_BGSX.shape[-1])),
+    )
+
+
+@cache
+def compiled_flex() -> Callable:
+    """FlexAttention as a graph of its own; uncompiled it would hold every score in memory."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+@torch.compiler.assume_constant_result
+def tiles(device: torch.device, width: int) -> dict[str, int] | None:
+    """The kernel's tile sizes where torch's own would not fit the device, else None."""
+    if device.type != "cuda" or width <= 64:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    memory = getattr(properties, "shared_memory_per_block_optin", 0)
+    return SMALL_TILES if memory < SMALL_MEMORY else None
+
+
+def block_mask(length: int, window: int | None, context: Context, device: torch.device) -> BlockMask:
+    """The causal mask with window and documents, by blocks."""
+    documents_BT = context.documents_BT
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents_BT is not None:
+            seen = seen & (documents_BT[batch, query] == documents_BT[batch, key])
+        return seen
+
+    some, whole = seen_blocks(length, window, documents_BT, device)
+    partial = some & ~whole
+    counts, order = packed(partial)
+    whole_counts, whole_order = packed(whole)
+    return BlockMask.from_kv_blocks(
+        counts, order, whole_counts, whole_order, BLOCK, sees, seq_lengths=(length, length)
+    )
+
+
+def seen_blocks(
+    length: int, window: int | None, documents_BT: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(B or 1, 1, N, N) for N blocks of queries and of keys: is any pair seen, and are all.
+
+    The first may be true where it need not; documents are numbered as one likes.
+    """
+    count = -(-length // BLOCK)
+    first_N = torch.arange(count, device=device) * BLOCK
+    last_N = first_N + (BLOCK - 1)
+    nearest, farthest = first_N[:, None] - last_N, last_N[:, None] - first_N
+    some, whole = farthest >= 0, nearest >= 0
+    if window is not None:
+        some, whole = some & (nearest < window), whole & (farthest < window)
+    # A block that reaches beyond the end is never seen as a whole.
+    inside_N = last_N < length
+    some, whole = some[None, None], (whole & inside_N[:, None] & inside_N)[None, None]
+    if documents_BT is not None:
+        padding_BT = documents_BT[:, -1:].expand(-1, count * BLOCK - length)
+        blocks_BNS = torch.cat((documents_BT, padding_BT), dim=1).unflatten(1, (count, BLOCK))
+        low, high = blocks_BNS.amin(-1)[:, None], blocks_BNS.amax(-1)[:, None]
+        some = some & (low[..., None] <= high[..., None, :]) & (low[..., None, :] <= high[..., None])
+        single = low == high
+        same = single[..., None] & single[..., None, :] & (low[..., None] == low[..., None, :])
+        whole = whole & same
+    return some, whole
+
+
+def packed(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many blocks of keys each block of queries sees, their indices, those first), int32."""
+    order = seen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return seen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def given_mask(mask_BTS: Tensor) -> BlockMask:
+    """A mask that is given pair by pair."""
+    rows, queries, keys = mask_BTS.shape
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_BTS[batch if rows > 1 else 0, query, key]
+
+    return create_block_mask(sees, rows, None, queries, keys, device=mask_BTS.device, BLOCK_SIZE=BLOCK)
