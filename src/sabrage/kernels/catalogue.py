@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sabrage.kernels import cross_entropy, linear_activation, residual_norm, rotary_norm, symmetric_product
 from sabrage.kernels.cases import Case, Operation, normal
+from sabrage.kernels.paged_cases import PAGED_ATTENTION, PAGED_LATENT
 
 
 def _alone(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
@@ -311,4 +312,6 @@ OPERATIONS = (
     SYMMETRIC_PRODUCT,
     ORTHOGONALISATION,
     ROTARY_NORM,
+    PAGED_LATENT,
+    PAGED_ATTENTION,
 )
