@@ -10,12 +10,13 @@ from sabrage.attention import latent
 from sabrage.attention.latent import MultiHeadLatent
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
-from sabrage.context import Context
+from sabrage.context import Context, Pages
 from sabrage.generate.cache import DenseCache
 from sabrage.norms import rms_norm
 from sabrage.optim.groups import assign
 from sabrage.optim.muon import Muon
 from sabrage.recipes import find
+from sabrage.run.device import DeviceFacts
 
 DIM = 24
 SMALL = {"heads": 3, "kv_rank": 10, "rotary_width": 4, "head_width": 6, "value_width": 5}
@@ -211,6 +212,61 @@ def test_the_order_of_the_past_is_told_by_the_rotary_key_alone():
     with torch.no_grad():
         mixer.rotary_key.weight.zero_()
     torch.testing.assert_close(*(mixer(x, Context())[:, -1] for x in (x_BTD, swapped_BTD)))
+
+
+class Paged:
+    """Pages of one layer in an order of their own, NaN where nothing was written, for rows of any lengths."""
+
+    paged = True
+
+    def __init__(self, past_BSX, lengths, *, width, pages=3, size=64):
+        batch = len(lengths)
+        generator = torch.Generator().manual_seed(7)
+        self.table_BN = torch.randperm(batch * pages, generator=generator).int().view(batch, pages)
+        self.pages_PSX = torch.full((batch * pages, size, width), float("nan"))
+        self.lengths_B = torch.zeros(batch, dtype=torch.int32)
+        for b, length in enumerate(lengths):
+            self.put(b, past_BSX[b, :length])
+
+    def put(self, b, new_TX):
+        for entry in new_TX:
+            page, place = divmod(int(self.lengths_B[b]), self.pages_PSX.shape[1])
+            self.pages_PSX[self.table_BN[b, page], place] = entry
+            self.lengths_B[b] += 1
+
+    def append(self, layer, latent):
+        for b, new_TX in enumerate(latent):
+            self.put(b, new_TX)
+        return {"latent": Pages(self.pages_PSX, self.table_BN, self.lengths_B)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@torch.no_grad()
+def test_the_kernel_decodes_from_pages_what_the_gathered_cache_gives(changes):
+    mixer, lengths, x_BTD = build(decode="triton", **changes), [70, 5, 0], draw(3, 72, DIM)
+    past_BSX = mixer.compress(x_BTD, Context())
+    cache = Paged(past_BSX, lengths, width=past_BSX.shape[-1])
+    index_BT = torch.tensor(lengths)[:, None] + torch.arange(2)
+    new_BTD = x_BTD.gather(1, index_BT[..., None].expand(-1, -1, DIM))
+    got = mixer(new_BTD, Context(positions_BT=index_BT, cache=cache))
+    whole_BTD = mixer(x_BTD, Context())
+    expected = whole_BTD.gather(1, index_BT[..., None].expand(-1, -1, DIM))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert cache.lengths_B.tolist() == [72, 7, 2]
+
+
+def test_pages_are_read_by_the_kernel_where_it_runs_and_gathered_elsewhere():
+    part = MultiHeadLatent(heads=12)
+    card = DeviceFacts(kind="cuda", name="card", memory=1, capability=(8, 6), triton="3.6", products="bf16")
+    bare = replace(card, triton=None)
+    assert (part.resolve(card).decode, part.resolve(bare).decode) == ("triton", "plain")
+    assert part.resolve(card).backend == "flash"
+    assert part.resolve(replace(card, documents=True)).backend != "flash"
+    named = replace(part, decode="triton")
+    assert named.refusal(card) is None
+    assert "needs an NVIDIA card" in named.refusal(bare)
+    assert "takes heads of width 256 at most" in replace(part, head_width=300, backend="flash").refusal(card)
 
 
 def test_a_zero_initialised_mixer_adds_nothing_and_can_learn():

@@ -10,7 +10,7 @@ Training attends in this expanded form. A cache holds [c_s ; r_s] and nothing el
 the absorbed form, where u . (W_key c) = (W_key^T u) . c and sum_s a_s W_value c_s = W_value (sum_s a_s c_s):
 all heads share one key of R + rotary numbers, whose first R are the value. Many new tokens expand the cache
 anew, which costs fewer products for more than R (C + V) / (2 R - C - V) of them, C and V being the widths of
-a head's content key and of its value.
+a head's content key and of its value. A cache in pages is read by `sabrage.kernels.paged_latent`.
 
 The norm has no gain of its own: one would be part of W_key and W_value. Shapes beside those of the legend:
 C content key width, X = R + rotary the width of the stream.
@@ -34,10 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
+from sabrage.attention.backends import Backend, Need, attend, choose_backend, needs_of, refusal
 from sabrage.attention.masks import visible
 from sabrage.attention.rotary import Rotary
-from sabrage.context import Context
+from sabrage.context import Context, Pages
+from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
+from sabrage.kernels.paged_latent import decode
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
@@ -52,7 +54,8 @@ class MultiHeadLatent(Mixer):
     every attention kernel applies. `query_rank` makes queries from a normalised latent as well (None: from
     the input). `qk_norm` normalises each query and the rotary key; the rest of a key comes from a normalised
     latent, and a norm of its own would leave no absorbed form. `zero_init` starts the output projection at
-    zero. A layer sees the last `window` tokens, itself included, or all before it.
+    zero. A layer sees the last `window` tokens, itself included, or all before it. `decode` is how few new
+    tokens meet a cache in pages: read where they lie by the kernel, or gathered.
     """
 
     heads: int
@@ -66,6 +69,7 @@ class MultiHeadLatent(Mixer):
     zero_init: bool = False
     window: int | None = None
     backend: Backend = "auto"
+    decode: KernelBackend = "auto"
 
     def problems(self) -> list[str]:
         names = ("heads", "kv_rank", "head_width", "value_width", "query_rank", "window")
@@ -82,11 +86,20 @@ class MultiHeadLatent(Mixer):
     def build(self, *, dim: int, layer: int) -> nn.Module:
         return LatentAttention(self, dim=dim, layer=layer)
 
+    def needs(self, facts: DeviceFacts) -> frozenset[Need]:
+        return needs_of(window=self.window is not None, documents=facts.documents)
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_width + self.rotary_width, self.value_width)
+
     def refusal(self, facts: DeviceFacts) -> str | None:
-        return fused_refusal(self.backend, facts) if self.backend in CUDA_KERNELS else None
+        attention = refusal(self.backend, facts, self.needs(facts), width=self.widest)
+        return attention or kernel_refusal(self.decode, facts)
 
     def resolve(self, facts: DeviceFacts) -> Self:
-        return replace(self, backend=choose_backend(self.backend, facts))
+        chosen = choose_backend(self.backend, facts, self.needs(facts), width=self.widest)
+        return replace(self, backend=chosen, decode=choose_kernel(self.decode, facts))
 
     def streams(self, dim: int) -> dict[str, int]:
         return {"latent": self.kv_rank + self.rotary_width}
@@ -112,7 +125,7 @@ class LatentAttention(nn.Module):
     def __init__(self, part: MultiHeadLatent, *, dim: int, layer: int) -> None:
         super().__init__()
         self.layer, self.heads, self.qk_norm = layer, part.heads, part.qk_norm
-        self.window, self.backend = part.window, part.backend
+        self.window, self.backend, self.kernel = part.window, part.backend, part.decode == "triton"
         self.kv_rank, self.rotary_width, self.head_width = part.kv_rank, part.rotary_width, part.head_width
         queries = part.heads * (part.head_width + part.rotary_width)
         self.query_down = None if part.query_rank is None else Linear(dim, part.query_rank)
@@ -134,8 +147,11 @@ class LatentAttention(nn.Module):
         stream_BTX = self.compress(x_BTD, context)
         if context.cache is None:
             return self.out(self.expanded(q_BTHK, stream_BTX, context).flatten(2))
-        stream_BSX = context.cache.extend(self.layer, latent=stream_BTX)["latent"]
         few = x_BTD.shape[1] <= self.absorbed_tokens
+        if few and self.kernel and context.cache.paged:
+            stream = context.cache.append(self.layer, latent=stream_BTX)["latent"]
+            return self.out(self.paged(q_BTHK, stream).flatten(2))
+        stream_BSX = context.cache.extend(self.layer, latent=stream_BTX)["latent"]
         y_BTHV = (self.absorbed if few else self.expanded)(q_BTHK, stream_BSX, context)
         return self.out(y_BTHV.flatten(2))
 
@@ -168,16 +184,34 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, q_BTHK: Tensor, stream_BSX: Tensor, context: Context) -> Tensor:
         """The same over the stream as it is: the heads of a token are so many queries of one head."""
-        content_BTHC, turned_BTHK = q_BTHK.split([self.head_width, self.rotary_width], dim=-1)
-        key_HCR, value_HVR = (
-            up.weight.unflatten(0, (self.heads, -1)).to(q_BTHK.dtype) for up in (self.key, self.value)
-        )
-        absorbed_BTHR = torch.einsum("bthc,hcr->bthr", content_BTHC, key_HCR)
-        q_B1MX = torch.cat((absorbed_BTHR, turned_BTHK), dim=-1).flatten(1, 2).unsqueeze(1)
+        q_B1MX = self.absorb(q_BTHK).flatten(1, 2).unsqueeze(1)
         mask = visible(context, stream_BSX.shape[1], q_BTHK.device, window=self.window)
         mask = mask.repeat_interleave(self.heads, dim=2)
         key_B1SX, scale = stream_BSX.unsqueeze(1), q_BTHK.shape[-1] ** -0.5
         value_B1SR = key_B1SX[..., : self.kv_rank]
         out_B1MR = F.scaled_dot_product_attention(q_B1MX, key_B1SX, value_B1SR, attn_mask=mask, scale=scale)
-        out_BTHR = out_B1MR.squeeze(1).unflatten(1, (-1, self.heads))
-        return torch.einsum("bthr,hvr->bthv", out_BTHR, value_HVR)
+        return self.lift(out_B1MR.squeeze(1).unflatten(1, (-1, self.heads)))
+
+    def paged(self, q_BTHK: Tensor, stream: Pages) -> Tensor:
+        """The absorbed form for the last tokens of every sequence, by a kernel that reads the pages."""
+        out_BTHR, _ = decode(
+            self.absorb(q_BTHK),
+            stream.pages_PSX,
+            stream.table_BN,
+            stream.lengths_B,
+            value_width=self.kv_rank,
+            scale=q_BTHK.shape[-1] ** -0.5,
+            window=self.window,
+        )
+        return self.lift(out_BTHR)
+
+    def absorb(self, q_BTHK: Tensor) -> Tensor:
+        """Queries that meet the stream, (B, T, H, X)."""
+        content_BTHC, turned_BTHK = q_BTHK.split([self.head_width, self.rotary_width], dim=-1)
+        key_HCR = self.key.weight.unflatten(0, (self.heads, -1)).to(q_BTHK.dtype)
+        return torch.cat((torch.einsum("bthc,hcr->bthr", content_BTHC, key_HCR), turned_BTHK), dim=-1)
+
+    def lift(self, latent_BTHR: Tensor) -> Tensor:
+        """Averages of latents to averages of values, (B, T, H, V)."""
+        value_HVR = self.value.weight.unflatten(0, (self.heads, -1)).to(latent_BTHR.dtype)
+        return torch.einsum("bthr,hvr->bthv", latent_BTHR, value_HVR)
