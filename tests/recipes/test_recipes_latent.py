@@ -16,7 +16,7 @@ NAMES = ["mla", "mla-small", "pool-mean", "pool-max", "pool-reservoir", "pool-la
 @pytest.mark.parametrize(
     ("name", "documents", "backend"),
     [
-        ("mla", False, "aot_eager"),
+        ("mla", False, "eager"),
         ("pool-max", False, "eager"),
         ("pool-reservoir", True, "eager"),
         ("pool-latent", True, "aot_eager"),

@@ -80,7 +80,7 @@ def attend_everywhere(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Contex
 
 
 def attend_by_blocks(q_BTHK: Tensor, tokens: Pair, pools: Pair, context: Context, sight: Sight) -> Tensor:
-    """The same for whole sequences, (B, T, H, K), at window + 1.5 blocks + P keys a query."""
+    """The same for whole sequences, (B, T, H, K): a query is multiplied by near blocks and pools alone."""
     batch, length, block = *q_BTHK.shape[:2], sight.block
     num_blocks = -(-length // block)
     near = sight.near_blocks(num_blocks)

@@ -13,7 +13,8 @@ block that two documents share are not seen.
 A pooled key stands for a token in the middle of its block (or where the drawn token was): it is pooled first,
 then normalised and turned like any other. Decoding makes the pools anew from the cached tokens, so the cache
 holds keys before norm and rotation and values: 2 D floats per token and layer, as for `MultiHead`. What is
-saved is what a query meets: window + 1.5 S + E T / (2 S) keys on average where `MultiHead` has T / 2.
+saved is what a query meets: with a window of a block or more, `window` keys and on average E T / (2 S) pools
+where `MultiHead` meets T / 2 keys.
 
 Shapes beside those of the legend: N blocks, E entries of a pool, P = N E, W near keys of a block of queries.
 """
