@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from latent_pages import Paged
 
 from sabrage.attention import latent
 from sabrage.attention.latent import MultiHeadLatent
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
-from sabrage.context import Context, Pages
+from sabrage.context import Context
 from sabrage.generate.cache import DenseCache
 from sabrage.norms import rms_norm
 from sabrage.optim.groups import assign
@@ -214,39 +215,13 @@ def test_the_order_of_the_past_is_told_by_the_rotary_key_alone():
     torch.testing.assert_close(*(mixer(x, Context())[:, -1] for x in (x_BTD, swapped_BTD)))
 
 
-class Paged:
-    """Pages of one layer in an order of their own, NaN where nothing was written, for rows of any lengths."""
-
-    paged = True
-
-    def __init__(self, past_BSX, lengths, *, width, pages=3, size=64):
-        batch = len(lengths)
-        generator = torch.Generator().manual_seed(7)
-        self.table_BN = torch.randperm(batch * pages, generator=generator).int().view(batch, pages)
-        self.pages_PSX = torch.full((batch * pages, size, width), float("nan"))
-        self.lengths_B = torch.zeros(batch, dtype=torch.int32)
-        for b, length in enumerate(lengths):
-            self.put(b, past_BSX[b, :length])
-
-    def put(self, b, new_TX):
-        for entry in new_TX:
-            page, place = divmod(int(self.lengths_B[b]), self.pages_PSX.shape[1])
-            self.pages_PSX[self.table_BN[b, page], place] = entry
-            self.lengths_B[b] += 1
-
-    def append(self, layer, latent):
-        for b, new_TX in enumerate(latent):
-            self.put(b, new_TX)
-        return {"latent": Pages(self.pages_PSX, self.table_BN, self.lengths_B)}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @torch.no_grad()
 def test_the_kernel_decodes_from_pages_what_the_gathered_cache_gives(changes):
     mixer, lengths, x_BTD = build(decode="triton", **changes), [70, 5, 0], draw(3, 72, DIM)
     past_BSX = mixer.compress(x_BTD, Context())
-    cache = Paged(past_BSX, lengths, width=past_BSX.shape[-1])
+    cache = Paged(past_BSX, lengths)
     index_BT = torch.tensor(lengths)[:, None] + torch.arange(2)
     new_BTD = x_BTD.gather(1, index_BT[..., None].expand(-1, -1, DIM))
     got = mixer(new_BTD, Context(positions_BT=index_BT, cache=cache))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from latent_pages import Paged
 from torch._dynamo.utils import counters
 
 from sabrage.attention.near_and_pooled import attend_everywhere
@@ -88,6 +89,26 @@ def test_compiled_pooled_attention_errs_at_most_twice_as_much_as_its_specificati
     monkeypatch.setattr("sabrage.attention.pooled.attend_by_blocks", attend_everywhere)
     same, exact = (run(mixer, x_BTD, documents_BT=documents_BT, autocast=each) for each in (True, False))
     assert_small_errors(got, same, exact)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2])
+@pytest.mark.parametrize("name", LATENTS)
+@torch.no_grad()
+def test_decoding_from_pages_in_bf16_is_as_close_to_fp32_as_the_whole_pass(name, new_tokens):
+    mixer, x_BTD, lengths = build_mixer(name), draw(3, 180, DIM), [170, 63, 5]
+    assert mixer.kernel
+    starts_B1 = torch.tensor(lengths, device=DEVICE)[:, None]
+    index_BT = starts_B1 + torch.arange(new_tokens, device=DEVICE)
+    exact_BTD = mixer(x_BTD, Context())
+    mixer, x_BTD = mixer.bfloat16(), x_BTD.bfloat16()
+    # Tables of angles are fp32 in bf16 models too.
+    mixer.rotary = find(name).model.mixers[0].rotary.build(mixer.rotary_width).to(DEVICE)
+    cache = Paged(mixer.compress(x_BTD, Context()), lengths)
+    index_BTD = index_BT[..., None].expand(-1, -1, DIM)
+    got = mixer(x_BTD.gather(1, index_BTD), Context(positions_BT=index_BT, cache=cache))
+    exact, same = (each.gather(1, index_BTD).float() for each in (exact_BTD, mixer(x_BTD, Context())))
+    error, allowed = ((each.float() - exact).abs().max().item() for each in (got, same))
+    assert error <= 2 * allowed + 1e-3, f"error {error:.3g}, that of the whole pass in bf16 {allowed:.3g}"
 
 
 @pytest.mark.parametrize("name", [*LATENTS, *POOLS])
