@@ -9,6 +9,7 @@ from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
 from sabrage.recipes.fused import fused
+from sabrage.recipes.latent import latent
 from sabrage.recipes.multi_token import multi_token
 from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
@@ -20,6 +21,7 @@ GROUPS = (
     attention,
     experts,
     multi_token,
+    latent,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 
