@@ -5,6 +5,7 @@ import torch
 
 from sabrage.cli import main
 from sabrage.config import override
+from sabrage.context import Context
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.generate.cache import DenseCache
 from sabrage.generate.sampling import Sampling, draw, probabilities
@@ -126,6 +127,24 @@ def test_the_cache_holds_what_the_streams_declare_and_refuses_more(tiny):
     cache.advance(4)
     with pytest.raises(ValueError, match="holds 5 tokens and 8 were needed"):
         cache.extend(0, key=entries, value=entries)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_rewound_goes_on_as_if_the_forgotten_had_never_been(fresh):
+    cache = DenseCache(fresh.spec, batch=1, capacity=16)
+
+    def read(tokens):
+        positions_BT = torch.arange(cache.length, cache.length + len(tokens))[None]
+        logits_BTV = fresh.logits(torch.tensor([tokens]), Context(positions_BT=positions_BT, cache=cache))
+        cache.advance(len(tokens))
+        return logits_BTV
+
+    read(PROMPT)
+    straight = read([65, 66])
+    cache.rewind(len(PROMPT))
+    read([90, 91, 92])
+    cache.rewind(len(PROMPT))
+    assert torch.equal(read([65, 66]), straight)
 
 
 def test_characters_of_several_bytes_are_streamed_whole():

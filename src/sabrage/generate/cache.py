@@ -68,6 +68,11 @@ class DenseCache:
         """Counts the tokens that every layer has appended."""
         self.length += num_tokens
 
+    def rewind(self, length: int) -> None:
+        """Forgets the entries at and beyond `length`, at most the present one."""
+        assert 0 <= length <= self.length, f"a cache of {self.length} tokens cannot go back to {length}"
+        self.length = length
+
     def bytes(self) -> int:
         """Memory held."""
         return sum(t.numel() * t.element_size() for stored in self.layers for t in stored.values())
