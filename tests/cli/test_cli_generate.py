@@ -55,14 +55,14 @@ def test_greedy_and_top_1_write_the_same(write):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "-1"], "temperature=-1.0, .*temperature >= 0"),
-        (["--top-p", "0"], "top_p=0.0; allowed"),
+        (["--temperature", "-1"], "temperature=-1.0, .*allowed: temperature >= 0$"),
+        (["--top-p", "0"], "top_p=0.0, .*allowed: 0 < top_p <= 1$"),
         (["--max-tokens", "0"], "max_tokens=0, allowed: 1 or more"),
     ],
 )
 def test_impossible_options_are_refused(trained, capsys, options, message):
     assert main(["generate", "run", "--device", "cpu", *options]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err, flags=re.MULTILINE)
 
 
 @pytest.fixture
