@@ -7,16 +7,15 @@ that a request may need are taken at its admission, so a text that has begun can
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 
-from sabrage.context import Context
 from sabrage.generate.paged import PAGE_SIZE, PagedCache
 from sabrage.generate.pages import CacheFull, Sequence
 from sabrage.generate.sampling import Sampler, Sampling
-from sabrage.generate.step import DecodeStep
+from sabrage.generate.step import DecodeStep, next_logits
 from sabrage.model.lm import LM
 
 
@@ -30,7 +29,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     end_of_text: int | None = None
     keep: bool = False
@@ -106,24 +105,22 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its number. Raises ValueError for one that can never be served."""
-        if not request.prompt:
+        if not request.prompt and request.after is None:
             raise ValueError("the prompt has no tokens; give at least one, such as end-of-text")
         if request.max_tokens < 1:
             raise ValueError(f"got max_tokens={request.max_tokens}, allowed: 1 or more")
         if (request.keep or request.after is not None) and not self.paged:
             raise ValueError("a dense cache keeps no text beyond its end; give the engine pages")
-        before = len(request.prompt)
-        if request.after is not None:
-            if request.after not in self.kept:
-                raise ValueError(f"no text of request {request.after} is kept; submit that one with keep")
-            before += self.kept[request.after][0].length + 1
+        if request.after is not None and request.after not in self.kept:
+            raise ValueError(f"no text of request {request.after} is kept; submit that one with keep")
+        before = len(request.prompt) + self.kept_length(request.after)
         for path, limit in (self.model.spec.max_lengths() | {"the cache's capacity": self.capacity}).items():
             # The last new token is never read.
             room = max(limit + 1 - before, 0)
             if request.max_tokens > room:
                 raise ValueError(
-                    f"got max_tokens={request.max_tokens}, allowed: {room} after a prompt of {before} tokens, "
-                    f"since {path}={limit}; ask for fewer, or shorten the prompt"
+                    f"got max_tokens={request.max_tokens}, allowed: {room} after a prompt of {before} tokens"
+                    f", since {path}={limit}; ask for fewer, or shorten the prompt"
                 )
         number = next(self.numbers)
         self.waiting.append((number, request))
@@ -157,7 +154,7 @@ class Engine:
         return min(1 << (pages - 1).bit_length(), -(-self.capacity // PAGE_SIZE)) * PAGE_SIZE
 
     def admit(self, index: int) -> Event | None:
-        """Reads the next prompt into a row; returns its first token, or None while there are too few pages."""
+        """Reads the next prompt into a row; returns its first token, or None while pages are too few."""
         number, request = self.waiting[0]
         prompt, sequence = list(request.prompt), self.idle[index]
         if request.after is not None:
@@ -179,15 +176,11 @@ class Engine:
         self.sampler.place(index, request.sampling, request.seed)
         self.sampler.see(tokens_1T, rows)
         for piece_1T in tokens_1T.split(self.chunk, dim=1):
-            length = piece_1T.shape[1]
-            self.single.load([sequence], [length])
-            positions_BT = self.single.begin(length)
-            context = Context(positions_BT=positions_BT, cache=self.single, window=self.window)
-            h_BTD = self.model(piece_1T, context)
-            sequence.length += length
+            self.single.load([sequence], [piece_1T.shape[1]])
+            logits_1V = next_logits(self.model, self.single, piece_1T, self.window)
+            sequence.length += piece_1T.shape[1]
         self.sampler.advance([index])
-        cut = request.sampling.cuts
-        token = int(self.sampler(self.model.head(h_BTD[:, -1]), cut=cut, rows=rows))
+        token = int(self.sampler(logits_1V, cut=request.sampling.cuts, rows=rows))
         self.decode.tokens_B1[index] = token
         return self.note(index, token)
 
@@ -209,11 +202,16 @@ class Engine:
         self.rows[index] = None
         self.sampler.clear(index)
         if row.request.keep:
+            self.cache.trim(row.sequence)
             self.kept[row.number] = (row.sequence, row.newest)
         elif self.paged:
             self.cache.release(row.sequence)
         else:
             row.sequence.length = 0
+
+    def kept_length(self, number: int | None) -> int:
+        """Tokens of the kept text of a request; 0 for None."""
+        return 0 if number is None else self.kept[number][0].length + 1
 
     def cancel(self, number: int) -> None:
         """Ends a request that waits or runs; one that has ended already is left alone."""

@@ -69,6 +69,12 @@ class PagedCache:
         used = sequence.pages[: self.pages_for(sequence.length)]
         return Sequence(self.allocator.share(used), sequence.length)
 
+    def trim(self, sequence: Sequence) -> None:
+        """Gives back the pages of a sequence that hold nothing yet."""
+        used = self.pages_for(sequence.length)
+        self.allocator.drop(sequence.pages[used:])
+        del sequence.pages[used:]
+
     def release(self, sequence: Sequence) -> None:
         """Forgets the sequence, which is empty afterwards."""
         self.allocator.drop(sequence.pages)

@@ -13,6 +13,19 @@ from sabrage.generate.sampling import Sampler
 from sabrage.model.lm import LM
 
 
+def next_logits(model: LM, view: PagedView, tokens_BT: Tensor, window: int | None) -> Tensor:
+    """Reads the next tokens of the view's rows; returns the logits after the last of them, (B, V).
+
+    Matrix products are in the format of the model's matrices; what else it keeps in fp32 stays so.
+    """
+    dtype, device = next(model.parameters()).dtype, tokens_BT.device.type
+    # Nothing is cast that would be worth remembering, and a graph must not remember it.
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        positions_BT = view.begin(tokens_BT.shape[1])
+        h_BTD = model(tokens_BT, Context(positions_BT=positions_BT, cache=view, window=window))
+        return model.head(h_BTD[:, -1])
+
+
 class DecodeStep:
     """step() -> the next token of every row, (B,) int64, on the device.
 
@@ -45,10 +58,8 @@ class DecodeStep:
     def forward(self, cut: bool) -> None:
         """The whole step; running it twice is running it once."""
         self.sampler.see(self.tokens_B1)
-        positions_BT = self.view.begin(1)
-        context = Context(positions_BT=positions_BT, cache=self.view, window=self.window)
-        h_BTD = self.model(self.tokens_B1, context)
-        self.chosen_B.copy_(self.sampler(self.model.head(h_BTD[:, -1]), cut=cut))
+        logits_BV = next_logits(self.model, self.view, self.tokens_B1, self.window)
+        self.chosen_B.copy_(self.sampler(logits_BV, cut=cut))
 
     def record(self, cut: bool) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph of the view's present width."""

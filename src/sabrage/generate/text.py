@@ -39,6 +39,14 @@ def load_model(recipe: Recipe, checkpoints: Path, *, device: torch.device, warn:
     return model.to(device).eval()
 
 
+def narrow(model: LM, dtype: torch.dtype) -> LM:
+    """The model with its matrices in this format; vectors and tables stay in fp32."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def generate(
     model: LM,
     prompt: Sequence[int],
@@ -62,16 +70,17 @@ def generate(
 class Writer:
     """Turns the tokens of one text into pieces of it: whole characters, and nothing from a stop string on.
 
-    What may yet become a stop string is held back. `stopped` says that one was met.
+    What may yet become a stop string is held back. `stopped` says that one was met; `tokens` counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held, self.stopped = "", False
+        self.held, self.stopped, self.tokens = "", False, 0
 
     def feed(self, token: int) -> str:
         """The text that is certain now."""
+        self.tokens += 1
         return self.certain(self.decoder.decode(self.tokenizer.decode_bytes([token])), last=False)
 
     def finish(self) -> str:
@@ -95,7 +104,7 @@ class Writer:
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Iterator[str]:
-    """Text as it grows, up to the first stop string; a character that spans tokens waits until it is whole."""
+    """Text as it grows, up to the first stop string; a character that spans tokens comes when it is whole."""
     writer = Writer(tokenizer, stops)
     for token in tokens:
         if piece := writer.feed(token):
