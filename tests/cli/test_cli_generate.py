@@ -1,4 +1,9 @@
+import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from sabrage.config import override
 from sabrage.context import Context
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.generate.cache import DenseCache
+from sabrage.generate.engine import Engine
 from sabrage.generate.sampling import Sampling, draw, probabilities
 from sabrage.generate.text import generate, stream_text
 from sabrage.model.lm import build_model
@@ -16,11 +22,19 @@ GREEDY = Sampling(temperature=0)
 PROMPT = [256, 84, 104, 101, 32]
 
 
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """Where the run that the tests of this file share is trained once."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def trained(tiny_options, tmp_path, monkeypatch, one_thread):
-    """An empty folder with a trained run in `run`."""
+def trained(ready, tiny_options, tmp_path, monkeypatch, one_thread):
+    """A folder with a trained run in `run`."""
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "demo", *tiny_options, "--out", "run"]) == 0
+    if not ready.exists():
+        assert main(["train", "demo", *tiny_options, "--out", str(ready)]) == 0
+    shutil.copytree(ready, "run")
 
 
 @pytest.fixture
@@ -63,6 +77,105 @@ def test_greedy_and_top_1_write_the_same(write):
 def test_impossible_options_are_refused(trained, capsys, options, message):
     assert main(["generate", "run", "--device", "cpu", *options]) == 1
     assert re.search(message, capsys.readouterr().err, flags=re.MULTILINE)
+
+
+def test_prompts_of_a_file_are_printed_in_order_and_as_objects(trained, capsys, tmp_path):
+    texts = ["The ", "A", "def "]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+    options = ["generate", "run", "--device", "cpu", "--max-tokens", "9", "--rows", "2"]
+    capsys.readouterr()
+    assert main([*options, "--file", "prompts.jsonl"]) == 0
+    dense = capsys.readouterr()
+    assert main([*options, "--file", "prompts.jsonl", "--paged", "--json"]) == 0
+    paged = capsys.readouterr()
+    rows = sorted((json.loads(line) for line in paged.out.splitlines()), key=lambda row: row["index"])
+    assert [row["prompt"] for row in rows] == texts
+    assert dense.out == "\n".join(f"{row['prompt']}{row['text']}\n" for row in rows)
+    assert [row["tokens"] for row in rows] == [9, 9, 9]
+    for told in (dense, paged):
+        assert re.fullmatch(
+            r"27 tokens in [\d.]+ s, [\d.,]+ tokens/s; first token after [\d.]+ s; cache [\d.]+ KiB\n",
+            told.err,
+        )
+    # A seed for each: the one prompt alone writes what it wrote in the file.
+    assert main([*options, "--prompt", "A", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == f"A{rows[1]['text']}\n"
+
+
+def test_stop_strings_end_the_text(write):
+    text = write("--temperature", "0")
+    stop = text[20:23]
+    assert write("--temperature", "0", "--stop", "never", "--stop", stop) == text[: text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a", "--file", "b"], "got --prompt and --file; give one of them"),
+        (["--rows", "0"], "got --rows 0, allowed: 1 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(trained, capsys, options, message):
+    assert main(["generate", "run", "--device", "cpu", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_fresh_process_knows_the_parts_of_a_run(trained):
+    command = [sys.executable, "-m", "sabrage", "generate", "run", "--device", "cpu", "--max-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[-1:]) == (0, "\n"), done.stderr
+
+
+@pytest.fixture
+def chat(trained, capsys, monkeypatch):
+    """chat(lines, *options) -> what `sabrage chat run` prints when these lines are typed, then Ctrl-D."""
+    capsys.readouterr()
+
+    def talk(lines, *options):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed, EOFError)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        assert main(["chat", "run", "--device", "cpu", "--temperature", "0", *options]) == 0
+        return capsys.readouterr()
+
+    return talk
+
+
+def test_a_chat_is_one_text_that_goes_on(chat, write):
+    told = chat(["The ", "A", ""], "--max-tokens", "4", "--capacity", "90").out
+    answers, text = told.split("\n"), ""
+    assert answers[3:] == ["", ""]
+    for line, answer in zip(["The ", "\nA", "\n"], answers, strict=False):
+        text += line
+        written = write("--prompt", text, "--temperature", "0", "--max-tokens", "4")
+        assert written == f"{text}{answer}\n"
+        text += answer
+
+
+def test_a_text_that_is_full_gives_way_to_a_new_one(chat):
+    told = chat(["The ", "The ", "a" * 50], "--max-tokens", "20", "--capacity", "32")
+    assert "[the text is full at 32 tokens; a new one begins]" in told.err
+    assert "[a line of 51 tokens is longer than the text may become]" in told.err
+
+
+def test_ctrl_c_stops_the_turn_and_not_the_chat(chat, monkeypatch):
+    steps = []
+
+    def counted(engine, step=Engine.step):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    told = chat(["The ", KeyboardInterrupt, "And "], "--max-tokens", "8", "--capacity", "90")
+    assert re.findall(r"\[(\d+) tokens", told.err) == ["3", "8"]
 
 
 @pytest.fixture

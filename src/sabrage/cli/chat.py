@@ -125,7 +125,8 @@ class Conversation:
         if interruption.signal == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)
         used = f"; {self.engine.kept_length(number):,} of {self.engine.capacity:,} tokens used"
-        print(f"\n[{summary([text], self.engine)}{used}]", file=sys.stderr)
+        print()
+        print(f"[{summary([text], self.engine)}{used}]", file=sys.stderr)
 
     def submit(self, line: str) -> int | None:
         """The request of a turn; where the text is full a new one begins."""
