@@ -1,4 +1,4 @@
-"""`sabrage bench`: what kernels, training steps and the baseline take on this machine's GPU."""
+"""`sabrage bench`: what kernels, steps in training and decoding, and the baseline take on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,42 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Time the writing of text: tokens per second against batch and length, dense and paged cache.
+
+    Random weights; bf16 on a GPU, where a step is a CUDA graph, and fp32 elsewhere.
+
+    Try:
+      sabrage bench decode
+      sabrage bench decode base --batches 1 --lengths 1024 8192 --out results/decode.json
+      sabrage bench decode demo --batches 1 4 --lengths 128 --device cpu
+    """
+
+    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RECIPE...]")] = (
+        "base",
+    )
+    """Recipes, in the order of the table."""
+    batches: tuple[int, ...] = (1, 16, 64)
+    """How many sequences are written at once."""
+    lengths: tuple[int, ...] = (1024, 8192)
+    """How many tokens each of them has."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+    out: Path | None = None
+    """Write the result file here, and a chart (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.decode import measure
+        from sabrage.cli.choose import named_device
+        from sabrage.recipes import find
+
+        recipes = [find(name) for name in self.recipes]
+        device = named_device(self.device)
+        measure(recipes, batches=self.batches, lengths=self.lengths, device=device, out=self.out)
+        return 0
+
+
+@dataclass(frozen=True)
 class Baseline:
     """Train `nocap-mini` to its end from a cold start, then a few steps from a warm one.
 
@@ -95,17 +131,19 @@ def require_cuda() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure on this machine's GPU: kernels, the steps of recipes, or the baseline as a whole.
+    """Measure on this machine: kernels, the steps of recipes, decoding, or the baseline as a whole.
 
     Try:
       sabrage bench kernels
       sabrage bench step nocap base --out results/steps.json
+      sabrage bench decode base --out results/decode.json
       sabrage bench baseline --data data/stand-in --out results
     """
 
     command: Annotated[
         Annotated[Kernels, tyro.conf.subcommand("kernels")]
         | Annotated[Step, tyro.conf.subcommand("step")]
+        | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Baseline, tyro.conf.subcommand("baseline")],
         tyro.conf.arg(name=""),
     ]
