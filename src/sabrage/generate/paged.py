@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sabrage.context import Pages
-from sabrage.generate.cache import streams_of
+from sabrage.generate.cache import streams_of, upload
 from sabrage.generate.pages import PageAllocator, Sequence
 from sabrage.model.lm import ModelSpec
 
@@ -108,9 +108,8 @@ class PagedView:
         self.paged = cache.page_size == PAGE_SIZE
         # The page of the first row, where every row is one large page and they follow one another.
         self.run: int | None = None
-        pinned = cache.device.type == "cuda"
-        self.host = torch.zeros(rows * (columns + 2), dtype=torch.int32, pin_memory=pinned)
-        self.state = torch.zeros(rows * (columns + 2), dtype=torch.int32, device=cache.device)
+        self.host = torch.zeros(rows * (columns + 2), dtype=torch.int32)
+        self.state = self.host.to(cache.device, copy=True)
         self.starts_B, self.counts_B, table = self.state.split([rows, rows, rows * columns])
         self.table_BN = table.view(rows, columns)
         self.lengths_B = torch.zeros_like(self.starts_B)
@@ -145,7 +144,7 @@ class PagedView:
         self.run = firsts[0] if follow and table_BN.shape[1] == 1 else None
         # A kernel that reads pages knows lengths alone, and no row that has fewer new tokens than another.
         self.paged = size == PAGE_SIZE and len({count for count in counts if count}) <= 1
-        self.state.copy_(self.host, non_blocking=True)
+        upload(self.host, self.state)
 
     def begin(self, num_tokens: int) -> Tensor:
         """Finds the places of the next T tokens of every row; returns their positions, (B, T) int64.

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sabrage.generate.cache import upload
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -99,7 +101,7 @@ class Sampler:
         self.settings_B5 = torch.ones(rows, 5, device=device)
         self.seen_BV = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self.uniform_B = torch.zeros(rows, device=device)
-        self.host_B = torch.zeros(rows, pin_memory=device.type == "cuda")
+        self.host_B = torch.zeros(rows)
         self.samplings: list[Sampling | None] = [None] * rows
         self.numbers = [np.random.Generator(np.random.Philox(0)) for _ in range(rows)]
 
@@ -123,7 +125,7 @@ class Sampler:
         """Takes the next random number of each of the rows."""
         for row in rows:
             self.host_B[row] = float(self.numbers[row].random(dtype=np.float32))
-        self.uniform_B.copy_(self.host_B, non_blocking=True)
+        upload(self.host_B, self.uniform_B)
 
     def see(self, tokens_BT: Tensor, rows: slice = slice(None)) -> None:
         """Notes the tokens that the rows hold."""

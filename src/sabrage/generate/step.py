@@ -63,15 +63,16 @@ class DecodeStep:
 
     def record(self, cut: bool) -> torch.cuda.CUDAGraph:
         """The step as a CUDA graph of the view's present width."""
-        # Libraries set themselves up, and kernels are compiled, before the recording.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self.forward(cut)
-        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         earlier = next(iter(self.graphs.values()), None) if self.graphs else None
-        with torch.cuda.graph(graph, pool=earlier.pool() if earlier else None):
-            self.forward(cut)
+        with torch.cuda.device(self.tokens_B1.device):
+            aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            aside.wait_stream(current)
+            with torch.cuda.stream(aside):
+                # Libraries set themselves up, and kernels are compiled, before the recording.
+                for _ in range(2):
+                    self.forward(cut)
+            current.wait_stream(aside)
+            with torch.cuda.graph(graph, pool=earlier.pool() if earlier else None):
+                self.forward(cut)
         return graph
