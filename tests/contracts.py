@@ -143,10 +143,10 @@ def decoding_equals_forward(model: LM) -> None:
 
 @torch.no_grad()
 def paged_decoding_equals_forward(model: LM) -> None:
-    """So do sequences of different lengths in pages, short ones and those that kernels can read."""
+    """So do sequences of different lengths: in short pages, in those of kernels, in one large one each."""
     tokens_BT = draw_tokens(model)
     whole = model.logits(tokens_BT)
-    for page_size in (8, PAGE_SIZE):
+    for page_size in (8, PAGE_SIZE, 2 * PAGE_SIZE):
         cache = PagedCache(model.spec, num_pages=len(tokens_BT) * LENGTH // 8, page_size=page_size)
         view, rows = cache.view(rows=len(tokens_BT), max_length=LENGTH), [Sequence() for _ in tokens_BT]
         # Prompts of different lengths, a chunk, and steps in which rows end and one begins late.

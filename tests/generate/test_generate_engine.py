@@ -146,6 +146,23 @@ def test_a_kept_text_goes_on_as_if_it_had_been_one_prompt_and_shares_its_pages(m
     assert len(engine.cache.allocator.free) == 9
 
 
+def test_a_kept_text_holds_only_the_pages_that_it_fills(model):
+    engine = Engine(model, rows=1, capacity=128, num_pages=2)
+    number = engine.submit(request(6, max_tokens=120, keep=True))
+    engine.step()
+    assert engine.cache.allocator.free == []
+    engine.cancel(number)
+    assert len(engine.cache.allocator.free) == 1
+    assert engine.kept_length(number) == 7
+
+
+def test_prompt_and_text_count_as_seen(model):
+    engine = Engine(model, rows=1, capacity=60)
+    lazy = request(20, max_tokens=30, sampling=Sampling(temperature=0, repetition_penalty=1e6))
+    (tokens,) = texts(engine, [lazy])
+    assert len({*tokens, *lazy.prompt}) == 30 + len(set(lazy.prompt))
+
+
 def test_a_cancelled_request_leaves_nothing_behind(model):
     engine = Engine(model, rows=1, capacity=60, num_pages=4)
     running, waiting = (engine.submit(request(6, max_tokens=30)) for _ in range(2))
