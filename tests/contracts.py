@@ -14,6 +14,8 @@ from sabrage.config import PartType, leaves, override
 from sabrage.context import Context
 from sabrage.data.embedded import EmbeddedText
 from sabrage.generate.cache import DenseCache, streams_of
+from sabrage.generate.paged import PAGE_SIZE, PagedCache
+from sabrage.generate.pages import Sequence
 from sabrage.model.lm import LM, ModelSpec, build_model
 from sabrage.plan import Plan
 from sabrage.precision.autocast import Fp32
@@ -151,6 +153,32 @@ def decoding_equals_forward(model: LM) -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def paged_decoding_equals_forward(model: LM) -> None:
+    """So do sequences of different lengths: in short pages, in those of kernels, in one large one each."""
+    tokens_BT = draw_tokens(model)
+    whole = model.logits(tokens_BT)
+    for page_size in (8, PAGE_SIZE, 2 * PAGE_SIZE):
+        cache = PagedCache(model.spec, num_pages=len(tokens_BT) * LENGTH // 8, page_size=page_size)
+        view, rows = cache.view(rows=len(tokens_BT), max_length=LENGTH), [Sequence() for _ in tokens_BT]
+        # Prompts of different lengths, a chunk, and steps in which rows end and one begins late.
+        passes = [(29, 9, 0), (0, 7, 17), *[(1, 1, 1)] * 9, (3, 3, 0), *[(1, 0, 1)] * 3, (3, 3, 3)]
+        for counts in passes:
+            for sequence, count in zip(rows, counts, strict=True):
+                cache.reserve(sequence, count)
+            view.load(rows, counts)
+            new_BT = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+            places = [slice(row.length, row.length + count) for row, count in zip(rows, counts, strict=True)]
+            for row, place in enumerate(places):
+                new_BT[row, : counts[row]] = tokens_BT[row, place]
+            positions_BT = view.begin(new_BT.shape[1])
+            logits_BTV = model.logits(new_BT, Context(positions_BT=positions_BT, cache=view))
+            for row, place in enumerate(places):
+                found = logits_BTV[row, : counts[row]]
+                torch.testing.assert_close(found, whole[row, place], atol=1e-5, rtol=1e-5)
+                rows[row].length += counts[row]
+
+
 class CountingCache:
     """A dense cache that notes the shape of everything that it is given."""
 
@@ -212,6 +240,7 @@ CONTRACT: dict[str, Callable[[LM], None]] = {
         batch_independent,
         documents_isolated,
         decoding_equals_forward,
+        paged_decoding_equals_forward,
         caches_what_it_declares,
         same_in_training,
         normalised,

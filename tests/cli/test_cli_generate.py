@@ -1,15 +1,19 @@
+import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sabrage.cli import main
 from sabrage.config import override
+from sabrage.context import Context
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.generate.cache import DenseCache
+from sabrage.generate.engine import Engine
 from sabrage.generate.sampling import Sampling, draw, probabilities
 from sabrage.generate.text import generate, stream_text
 from sabrage.model.lm import build_model
@@ -18,11 +22,19 @@ GREEDY = Sampling(temperature=0)
 PROMPT = [256, 84, 104, 101, 32]
 
 
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """Where the run that the tests of this file share is trained once."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def trained(tiny_options, tmp_path, monkeypatch, one_thread):
-    """An empty folder with a trained run in `run`."""
+def trained(ready, tiny_options, tmp_path, monkeypatch, one_thread):
+    """A folder with a trained run in `run`."""
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "demo", *tiny_options, "--out", "run"]) == 0
+    if not ready.exists():
+        assert main(["train", "demo", *tiny_options, "--out", str(ready)]) == 0
+    shutil.copytree(ready, "run")
 
 
 @pytest.fixture
@@ -35,19 +47,6 @@ def write(trained, capsys):
         return capsys.readouterr().out
 
     return text
-
-
-def test_a_fresh_process_knows_the_parts_of_a_run(trained, tmp_path):
-    script = """
-import sys
-from pathlib import Path
-from sabrage.cli.choose import recipe_of_run
-print(recipe_of_run(Path(sys.argv[1])).name)
-"""
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout == "demo\n"
 
 
 def test_the_seed_decides_the_text(write):
@@ -70,14 +69,113 @@ def test_greedy_and_top_1_write_the_same(write):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "-1"], "temperature=-1.0, .*temperature >= 0"),
-        (["--top-p", "0"], "top_p=0.0; allowed"),
+        (["--temperature", "-1"], "temperature=-1.0, .*allowed: temperature >= 0$"),
+        (["--top-p", "0"], "top_p=0.0, .*allowed: 0 < top_p <= 1$"),
         (["--max-tokens", "0"], "max_tokens=0, allowed: 1 or more"),
     ],
 )
 def test_impossible_options_are_refused(trained, capsys, options, message):
     assert main(["generate", "run", "--device", "cpu", *options]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err, flags=re.MULTILINE)
+
+
+def test_prompts_of_a_file_are_printed_in_order_and_as_objects(trained, capsys, tmp_path):
+    texts = ["The ", "A", "def "]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+    options = ["generate", "run", "--device", "cpu", "--max-tokens", "9", "--rows", "2"]
+    capsys.readouterr()
+    assert main([*options, "--file", "prompts.jsonl"]) == 0
+    dense = capsys.readouterr()
+    assert main([*options, "--file", "prompts.jsonl", "--paged", "--json"]) == 0
+    paged = capsys.readouterr()
+    rows = sorted((json.loads(line) for line in paged.out.splitlines()), key=lambda row: row["index"])
+    assert [row["prompt"] for row in rows] == texts
+    assert dense.out == "\n".join(f"{row['prompt']}{row['text']}\n" for row in rows)
+    assert [row["tokens"] for row in rows] == [9, 9, 9]
+    for told in (dense, paged):
+        assert re.fullmatch(
+            r"27 tokens in [\d.]+ s, [\d.,]+ tokens/s; first token after [\d.]+ s; cache [\d.]+ KiB\n",
+            told.err,
+        )
+    # A seed for each: the one prompt alone writes what it wrote in the file.
+    assert main([*options, "--prompt", "A", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == f"A{rows[1]['text']}\n"
+
+
+def test_stop_strings_end_the_text(write):
+    text = write("--temperature", "0")
+    stop = text[20:23]
+    assert write("--temperature", "0", "--stop", "never", "--stop", stop) == text[: text.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "a", "--file", "b"], "got --prompt and --file; give one of them"),
+        (["--rows", "0"], "got --rows 0, allowed: 1 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(trained, capsys, options, message):
+    assert main(["generate", "run", "--device", "cpu", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_fresh_process_knows_the_parts_of_a_run(trained):
+    command = [sys.executable, "-m", "sabrage", "generate", "run", "--device", "cpu", "--max-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[-1:]) == (0, "\n"), done.stderr
+
+
+@pytest.fixture
+def chat(trained, capsys, monkeypatch):
+    """chat(lines, *options) -> what `sabrage chat run` prints when these lines are typed, then Ctrl-D."""
+    capsys.readouterr()
+
+    def talk(lines, *options):
+        typed = iter(lines)
+
+        def read(prompt):
+            line = next(typed, EOFError)
+            if isinstance(line, type):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        assert main(["chat", "run", "--device", "cpu", "--temperature", "0", *options]) == 0
+        return capsys.readouterr()
+
+    return talk
+
+
+def test_a_chat_is_one_text_that_goes_on(chat, write):
+    told = chat(["The ", "A", ""], "--max-tokens", "4", "--capacity", "90").out
+    answers, text = told.split("\n"), ""
+    assert answers[3:] == ["", ""]
+    for line, answer in zip(["The ", "\nA", "\n"], answers, strict=False):
+        text += line
+        written = write("--prompt", text, "--temperature", "0", "--max-tokens", "4")
+        assert written == f"{text}{answer}\n"
+        text += answer
+
+
+def test_a_text_that_is_full_gives_way_to_a_new_one(chat):
+    told = chat(["The ", "The ", "a" * 50], "--max-tokens", "20", "--capacity", "32")
+    assert "[the text is full at 32 tokens; a new one begins]" in told.err
+    assert "[a line of 51 tokens is longer than the text may become]" in told.err
+
+
+def test_ctrl_c_stops_the_turn_and_not_the_chat(chat, monkeypatch):
+    steps = []
+
+    def counted(engine, step=Engine.step):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    told = chat(["The ", KeyboardInterrupt, "And "], "--max-tokens", "8", "--capacity", "90")
+    assert re.findall(r"\[(\d+) tokens", told.err) == ["3", "8"]
 
 
 @pytest.fixture
@@ -144,6 +242,24 @@ def test_the_cache_holds_what_the_streams_declare_and_refuses_more(tiny):
         cache.extend(0, key=entries, value=entries)
 
 
+@torch.no_grad()
+def test_a_cache_that_was_rewound_goes_on_as_if_the_forgotten_had_never_been(fresh):
+    cache = DenseCache(fresh.spec, batch=1, capacity=16)
+
+    def read(tokens):
+        positions_BT = torch.arange(cache.length, cache.length + len(tokens))[None]
+        logits_BTV = fresh.logits(torch.tensor([tokens]), Context(positions_BT=positions_BT, cache=cache))
+        cache.advance(len(tokens))
+        return logits_BTV
+
+    read(PROMPT)
+    straight = read([65, 66])
+    cache.rewind(len(PROMPT))
+    read([90, 91, 92])
+    cache.rewind(len(PROMPT))
+    assert torch.equal(read([65, 66]), straight)
+
+
 def test_characters_of_several_bytes_are_streamed_whole():
     text = "naïve café, 12 €, 𝄞 and 日本"
     pieces = list(stream_text(iter(ByteTokenizer().encode(text)), ByteTokenizer()))
@@ -188,3 +304,16 @@ def test_draws_follow_the_distribution():
     drawn = draw(LOGITS.expand(20_000, -1), Sampling(), generator)
     shares = torch.bincount(drawn, minlength=5) / 20_000
     torch.testing.assert_close(shares, LOGITS.softmax(-1)[0], rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--json",), "writes one text"),
+        (("--repetition-penalty", "1.2"), "writes one text"),
+        ((), "drafting"),
+    ],
+)
+def test_speculation_is_refused_where_it_cannot_be(trained, capsys, options, message):
+    assert main(["generate", "run", "--device", "cpu", "--speculate", *options]) == 1
+    assert message in capsys.readouterr().err

@@ -153,6 +153,7 @@ class HalfDenominator(Projection):
         ("causal", {"mixers": (FaultyMixer(fault="own future"),)}),
         ("causal_by_gradient", {"mixers": (FaultyMixer(fault="own future"),)}),
         ("decoding_equals_forward", {"mixers": (FaultyMixer(fault="one number"),)}),
+        ("paged_decoding_equals_forward", {"mixers": (FaultyMixer(fault="one number"),)}),
         ("caches_what_it_declares", {"mixers": (FaultyMixer(fault="one number"),)}),
         ("causal", {"feedforwards": (RowStatistics(),)}),
         ("causal", {"feedforwards": (BatchStatistics(),)}),

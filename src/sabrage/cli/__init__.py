@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from sabrage.cli.bench import Bench
+from sabrage.cli.chat import Chat
 from sabrage.cli.check import Check
 from sabrage.cli.data import Data
 from sabrage.cli.describe import Doctor, List, Show
@@ -29,6 +30,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Show, tyro.conf.subcommand("show")]

@@ -1,4 +1,4 @@
-"""`sabrage bench`: what kernels, attention, steps, the baseline and decoding take on this machine's GPU."""
+"""`sabrage bench`: what kernels, attention, steps, decoding and the baseline take on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,42 @@ class Step:
         require_cuda()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         main([*names, "--out", str(self.out), "--name", self.out.stem])
+        return 0
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Time the writing of text: tokens per second against batch and length, dense and paged cache.
+
+    Random weights; bf16 on a GPU, where a step is a CUDA graph, and fp32 elsewhere.
+
+    Try:
+      sabrage bench decode
+      sabrage bench decode base --batches 1 --lengths 1024 8192 --out results/decode.json
+      sabrage bench decode demo --batches 1 4 --lengths 128 --device cpu
+    """
+
+    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RECIPE...]")] = (
+        "base",
+    )
+    """Recipes, in the order of the table."""
+    batches: tuple[int, ...] = (1, 16, 64)
+    """How many sequences are written at once."""
+    lengths: tuple[int, ...] = (1024, 8192)
+    """How many tokens each of them has."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+    out: Path | None = None
+    """Write the result file here, and a chart (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.decode import measure
+        from sabrage.cli.choose import named_device
+        from sabrage.recipes import find
+
+        recipes = [find(name) for name in self.recipes]
+        device = named_device(self.device)
+        measure(recipes, batches=self.batches, lengths=self.lengths, device=device, out=self.out)
         return 0
 
 
@@ -189,12 +225,13 @@ def require_cuda() -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure on this machine's GPU: kernels, attention, steps of recipes, the baseline, or decoding.
+    """Measure on this machine: kernels, attention, steps of recipes, decoding, or the baseline as a whole.
 
     Try:
       sabrage bench kernels
       sabrage bench attention --out results/attention.json
       sabrage bench step nocap base --out results/steps.json
+      sabrage bench decode base --out results/decode.json
       sabrage bench baseline --data data/stand-in --out results
     """
 
@@ -203,6 +240,7 @@ class Bench:
         | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Step, tyro.conf.subcommand("step")]
         | Annotated[Baseline, tyro.conf.subcommand("baseline")]
+        | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Speculate, tyro.conf.subcommand("speculate")]
         | Annotated[Mla, tyro.conf.subcommand("mla")],
         tyro.conf.arg(name=""),

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import torch
 
-# A run's parts must be known before its recipe is read.
-import sabrage.recipes  # noqa: F401
 from sabrage.config import ConfigError, from_json, leaves
 from sabrage.model.lm import LM
 from sabrage.parts import Tokenizer
 from sabrage.recipe import Recipe
-from sabrage.run.device import choose_device
+from sabrage.run.device import choose_device, probe
 from sabrage.run.folder import RunFolder, read_run
 
 
@@ -29,6 +27,9 @@ def named_device(name: str) -> torch.device:
 
 def recipe_of_run(path: Path) -> Recipe:
     """The recipe that the manifest of a run folder holds."""
+    # A manifest names its parts, and only a part that was imported has a name.
+    import sabrage.recipes  # noqa: F401
+
     recipe = from_json(json.loads(RunFolder(path).manifest.read_text())["recipe"], Recipe)
     assert isinstance(recipe, Recipe)
     return recipe
@@ -52,6 +53,18 @@ def model_of_run(path: Path, *, device: torch.device) -> tuple[Recipe, LM]:
     read_run(path)
     recipe = recipe_of_run(path)
     return recipe, load_model(recipe, folder.checkpoints, device=device, warn=say)
+
+
+def generating_model(path: Path, *, device: str, dtype: str) -> tuple[Recipe, LM]:
+    """The recipe and the model of a run, in the format to write text in: auto, fp32 or bf16."""
+    from sabrage.generate.text import narrow
+
+    place = named_device(device)
+    recipe, model = model_of_run(path, device=place)
+    if dtype == "auto":
+        narrower = place.type == "cuda" and probe(place).has_bf16 and not recipe.precision.wide()
+        dtype = "bf16" if narrower else "fp32"
+    return recipe, narrow(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
 def data_folder(recipe: Recipe) -> str | None:

@@ -17,6 +17,12 @@ def streams_of(spec: ModelSpec, layer: int) -> dict[str, int]:
     return mixed | fed
 
 
+def upload(host: Tensor, device: Tensor) -> None:
+    """Copies without waiting; the host's tensor may be changed at once."""
+    # Pinned memory of its own each time, which torch takes back when the copy is done.
+    device.copy_(host.pin_memory() if device.is_cuda else host, non_blocking=True)
+
+
 class DenseCache:
     """Holds up to `capacity` positions of `batch` sequences; entries beyond `length` are undefined."""
 

@@ -1,16 +1,15 @@
-"""Cached decoding: the prompt in one pass, then one token at a time, streamed."""
+"""Text from a trained model: loading it, and the engine's tokens as text that grows."""
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sabrage.config import PartType, resolve, walk
-from sabrage.context import Context
-from sabrage.generate.cache import DenseCache
-from sabrage.generate.sampling import Sampling, draw
+from sabrage.generate.engine import Engine, Request
+from sabrage.generate.sampling import Sampling
 from sabrage.model.legality import automatic
 from sabrage.model.lm import LM, build_model
 from sabrage.parts import Tokenizer
@@ -58,7 +57,14 @@ def load_newest(
         raise checkpoint.CheckpointError(f"{saved.path} is of another model: {missing}")
 
 
-@torch.no_grad()
+def narrow(model: LM, dtype: torch.dtype) -> LM:
+    """The model with its matrices in this format; vectors and tables stay in fp32."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def generate(
     model: LM,
     prompt: Sequence[int],
@@ -69,42 +75,73 @@ def generate(
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields up to `max_tokens` new tokens, each as soon as it is known; stops at `end_of_text`."""
-    if not prompt:
-        raise ValueError("the prompt has no tokens; give at least one, such as end-of-text")
-    if max_tokens < 1:
-        raise ValueError(f"got max_tokens={max_tokens}, allowed: 1 or more")
-    for path, limit in model.spec.max_lengths().items():
-        # The last new token is never read.
-        room = max(limit + 1 - len(prompt), 0)
-        if max_tokens > room:
-            raise ValueError(
-                f"got max_tokens={max_tokens}, allowed: {room} after a prompt of {len(prompt)} tokens, since "
-                f"{path}={limit}; ask for fewer, or shorten the prompt"
-            )
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    cache = DenseCache(model.spec, batch=1, capacity=len(prompt) + max_tokens, device=device)
-    tokens_BT = torch.tensor([prompt], device=device)
-    for _ in range(max_tokens):
-        length = tokens_BT.shape[1]
-        positions_BT = torch.arange(cache.length, cache.length + length, device=device)[None]
-        h_BTD = model(tokens_BT, Context(positions_BT=positions_BT, cache=cache))
-        cache.advance(length)
-        token_B = draw(model.head(h_BTD[:, -1]), sampling, generator)
-        token = int(token_B)
-        if token == end_of_text:
-            return
-        yield token
-        tokens_BT = token_B[:, None]
+    engine = Engine(model, rows=1, capacity=max(len(prompt) + max_tokens, 1))
+    request = Request(
+        prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, seed=seed, end_of_text=end_of_text
+    )
+    engine.submit(request)
+    for event in engine.run():
+        if event.token is not None:
+            yield event.token
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text as it grows; a character that spans tokens is held back until it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+class Writer:
+    """Turns the tokens of one text into pieces of it: whole characters, and nothing from a stop string on.
+
+    What may yet become a stop string is held back. `stopped` says that one was met; `tokens` counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held, self.stopped, self.tokens = "", False, 0
+
+    def feed(self, token: int) -> str:
+        """The text that is certain now."""
+        self.tokens += 1
+        return self.certain(self.decoder.decode(self.tokenizer.decode_bytes([token])), last=False)
+
+    def finish(self) -> str:
+        """What is left at the end; a character cut short is marked."""
+        return self.certain(self.decoder.decode(b"", final=True), last=True)
+
+    def certain(self, piece: str, *, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self.held + piece
+        found = [text.index(stop) for stop in self.stops if stop in text]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        begun = (
+            length for stop in self.stops for length in range(1, len(stop)) if text.endswith(stop[:length])
+        )
+        cut = len(text) - (0 if last else max(begun, default=0))
+        self.held = text[cut:]
+        return text[:cut]
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Iterator[str]:
+    """Text as it grows, up to the first stop string; a character that spans tokens comes when it is whole."""
+    writer = Writer(tokenizer, stops)
     for token in tokens:
-        piece = decoder.decode(tokenizer.decode_bytes([token]))
-        if piece:
+        if piece := writer.feed(token):
             yield piece
-    rest = decoder.decode(b"", final=True)
-    if rest:
+        if writer.stopped:
+            return
+    if rest := writer.finish():
         yield rest
+
+
+def stream_texts(engine: Engine, writers: Mapping[int, Writer]) -> Iterator[tuple[int, str, str | None]]:
+    """(request, new text, why it ended or None) of the engine's requests until all have ended."""
+    for event in engine.run():
+        writer, finished = writers[event.request], event.finished
+        piece = "" if event.token is None else writer.feed(event.token)
+        if writer.stopped:
+            engine.cancel(event.request)
+            finished = "stop"
+        elif finished:
+            piece += writer.finish()
+            finished = "stop" if writer.stopped else finished
+        yield event.request, piece, finished
