@@ -9,13 +9,16 @@ Ainslie et al. 2023, arXiv 2305.13245); queries, keys and values then have a mat
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from sabrage.attention.backends import Backend, Need, attend, choose_backend, needs_of, refusal
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import ScorePart
-from sabrage.context import Context
+from sabrage.context import Cache, Context
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
+from sabrage.kernels.language import refusal as cannot_run
+from sabrage.kernels.paged_attention import decode_heads
 from sabrage.kernels.rotary_norm import rotary_norm
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
@@ -24,6 +27,8 @@ from sabrage.run.device import DeviceFacts
 
 # Windows that follow the plan's are whole blocks of this many tokens.
 BLOCK = 64
+# Of more new tokens the pages are gathered once, and attention is that of a prompt.
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +157,13 @@ class MultiHeadAttention(nn.Module):
         k, v = (layer(x_BTD).unflatten(2, (groups, width)) for layer in (self.key, self.value))
         return q_BTHK, k, v
 
+    def reads_pages(self, q_BTHK: Tensor, cache: Cache) -> bool:
+        """Whether the entries are read where they lie, by the kernel for a few new tokens in 16 bits."""
+        if not cache.paged or self.scores or self.part.backend == "plain":
+            return False
+        few = q_BTHK.shape[1] <= FEW_TOKENS and q_BTHK.dtype in (torch.bfloat16, torch.float16)
+        return few and q_BTHK.is_cuda and cannot_run(q_BTHK.device) is None
+
     def turned(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """What `project` gives, queries and keys normalised and at their positions."""
         part = self.part
@@ -171,9 +183,22 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         part = self.part
         q, k, v = self.turned(x_BTD, context)
-        if context.cache is not None:
-            cached = context.cache.extend(self.layer, key=k.flatten(2), value=v.flatten(2))
-            k, v = (cached[name].unflatten(2, (part.groups, -1)) for name in ("key", "value"))
         window = part.window_of(context)
+        if context.cache is not None:
+            new = {"key": k.flatten(2), "value": v.flatten(2)}
+            if self.reads_pages(q, context.cache):
+                keys, values = context.cache.append(self.layer, **new).values()
+                y_BTHK, _ = decode_heads(
+                    q.to(keys.pages_PSX.dtype),
+                    keys.pages_PSX,
+                    values.pages_PSX,
+                    keys.table_BN,
+                    keys.lengths_B,
+                    scale=q.shape[-1] ** -0.5,
+                    window=window,
+                )
+                return self.out(y_BTHK.flatten(2))
+            cached = context.cache.extend(self.layer, **new)
+            k, v = (cached[name].unflatten(2, (part.groups, -1)) for name in new)
         y_BTHK = attend(q, k, v, context, backend=part.backend, window=window, scores=self.scores)
         return self.out(y_BTHK.flatten(2))

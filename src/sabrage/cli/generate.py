@@ -131,8 +131,8 @@ class Generate:
         plain = not (self.paged or self.json or self.stop) and self.repetition_penalty == 1
         if self.file is not None or not plain:
             raise ConfigError(
-                "--speculate writes one text from plain probabilities; leave out --file, --paged, --json, --stop "
-                "and --repetition-penalty, or --speculate"
+                "--speculate writes one text from plain probabilities; leave out --file, --paged, --json, "
+                "--stop and --repetition-penalty, or --speculate"
             )
         # Drafter and model compare their probabilities, so both stay in fp32.
         recipe, model = generating_model(self.run_folder, device=self.device, dtype="fp32")
