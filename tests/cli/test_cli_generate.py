@@ -102,6 +102,16 @@ def test_prompts_of_a_file_are_printed_in_order_and_as_objects(trained, capsys, 
     assert capsys.readouterr().out == f"A{rows[1]['text']}\n"
 
 
+def test_in_bf16_the_cache_takes_half_the_memory(trained, capsys):
+    told = []
+    for dtype in ("auto", "fp32", "bf16"):
+        capsys.readouterr()
+        options = ["--device", "cpu", "--max-tokens", "5", "--dtype", dtype]
+        assert main(["generate", "run", *options]) == 0
+        told.append(float(re.search(r"cache ([\d.]+) KiB", capsys.readouterr().err)[1]))
+    assert told == [told[0], told[0], told[0] / 2]
+
+
 def test_stop_strings_end_the_text(write):
     text = write("--temperature", "0")
     stop = text[20:23]

@@ -164,3 +164,42 @@ def test_groups_that_do_not_divide_the_heads_are_refused() -> None:
 @pytest.mark.parametrize(("rows", "tile"), [(1, 16), (16, 16), (17, 64), (256, 64)])
 def test_hopper_takes_the_smallest_tile_that_holds_the_rows(rows: int, tile: int) -> None:
     assert paged_latent.tile_for((9, 0), torch.bfloat16, rows).rows == tile
+
+
+def on_device(run: tuple[int, int], dtype: torch.dtype) -> tuple:
+    """DeepSeek's widths with `run` heads and queries, on the CUDA device."""
+    count, queries = run
+    generator = torch.Generator("cuda").manual_seed(0)
+    made = scattered_pages((700, 0, 1, 64, 2049), (576,), generator, dtype)
+    q_BTHK = torch.randn(5, queries, count, 576, generator=generator, device="cuda").to(dtype)
+    return (q_BTHK, *made, 512, 576**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("run", [(16, 1), (16, 2), (20, 1), (64, 1), (128, 2)], ids=str)
+def test_wide_latents_are_right_on_the_device(run: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    q_BTHK, pages_PSK, *rest = on_device(run, dtype)
+    found = decode(q_BTHK, pages_PSK, *rest)
+    expected = decode_reference(q_BTHK.float(), pages_PSK.float(), *rest)
+    assert (found[0].float() - expected[0]).norm() <= 1e-2 * expected[0].norm()
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_decode_follows_the_lengths() -> None:
+    q_BTHK, pages_PSK, table_BN, lengths_B, *rest = on_device((16, 1), torch.bfloat16)
+    shorter_B = (lengths_B - 3).clamp(min=0)
+    given_B = lengths_B.clone()
+    decode(q_BTHK, pages_PSK, table_BN, given_B, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_BTHV, _ = decode(q_BTHK, pages_PSK, table_BN, given_B, *rest)
+    for now_B in (lengths_B, shorter_B):
+        given_B.copy_(now_B)
+        graph.replay()
+        expected, _ = decode(q_BTHK, pages_PSK, table_BN, now_B, *rest)
+        assert torch.equal(out_BTHV, expected)

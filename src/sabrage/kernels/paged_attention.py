@@ -268,38 +268,12 @@ def dense(pages_PSX: Tensor) -> Tensor:
 
 @partial(jit, do_not_specialize=(*COUNTS, "heads", "table_width"))
 def _parts(
-    q,
-    keys,
-    values,
-    table,
-    lengths,
-    out,
-    lse,
-    partial,
-    partial_lse,
-    batch,
-    queries,
-    heads,
-    parts,
-    table_width,
-    key_page,
-    value_page,
-    scale,
-    window,
-    GROUPS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, keys, values, table, lengths, out, lse, partial, partial_lse, batch, queries, heads, parts,
+    table_width, key_page, value_page, scale, window,
+    GROUPS: tl.constexpr, CAUSAL: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program a part, group and tile of its rows."""
     sharing = heads // GROUPS
     row_tiles = tl.cdiv(queries * sharing, ROWS)
