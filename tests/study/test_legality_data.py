@@ -121,9 +121,9 @@ def test_inputs_that_show_the_target_are_caught():
 
 def test_scoring_in_train_mode_is_caught():
     class InTrainMode(Evaluator):
-        def _score(self, tokens, targets):
+        def _score(self, *given):
             self.model.train()
-            return super()._score(tokens, targets)
+            return super()._score(*given)
 
     assert scoring(InTrainMode).detail == "the model is scored in train mode"
 

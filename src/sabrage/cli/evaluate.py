@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -65,7 +65,7 @@ class Eval:
         self.check()
         device = named_device(self.device)
         recipe, model = model_of_run(self.run_folder, device=device)
-        asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
+        asked: dict[str, Any] = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
         budget = replace(recipe.budget, **{name: value for name, value in asked.items() if value is not None})
         recipe = replace(recipe, budget=budget).validate(probe(device))
         recipe.precision.prepare_alone(model, device)

@@ -16,7 +16,8 @@ from sabrage.train.world import World
 class Learner(nn.Module):
     """Everything that learns: the model and whatever the objective adds.
 
-    forward(tokens_BT, targets_BT, documents_BT, loss_weights_W) -> (total loss, named parts), both in nats.
+    forward(tokens_BT, targets_BT, documents_BT, loss_weights_W, window) -> (total loss, named parts), both in
+    nats.
     """
 
     def __init__(self, model: LM, objective: nn.Module, precision: Precision, device: torch.device) -> None:
@@ -32,9 +33,10 @@ class Learner(nn.Module):
         targets_BT: Tensor,
         documents_BT: Tensor | None,
         loss_weights_W: Tensor | None,
+        window: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision.autocast(self.device):
-            context = Context(documents_BT=documents_BT)
+            context = Context(documents_BT=documents_BT, window=window)
             h_BTD = self.model(tokens_BT, context)
             batch = Batch(tokens_BT, targets_BT, documents_BT)
             loss = self.objective(h_BTD, batch, self.model, loss_weights_W)
@@ -75,7 +77,7 @@ class TrainStep:
         scaler, found_inf = self.learner.scaler, None
         mean = torch.zeros((), device=device)
         for tokens_BT, targets_BT, documents_BT in pieces:
-            total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W)
+            total, _ = self.forward(tokens_BT, targets_BT, documents_BT, weights_W, knobs.window)
             (total / count if scaler is None else total / count * scaler.scale).backward()
             mean += total.detach() / count
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
