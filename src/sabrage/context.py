@@ -3,8 +3,9 @@
 Shape letters: B batch, T time, S entries or page size, P pages, N pages of a sequence, X any width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -56,6 +57,13 @@ class Context:
     cache: Cache | None = None
     window: int | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once a forward pass; it must depend on this context and the key alone."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def add_loss(self, name: str, term: Tensor) -> None:
         """Adds a 0-D term, weighted by the part that brings it; terms of one name are summed over layers."""

@@ -70,7 +70,28 @@ def test_a_sequence_beyond_the_tables_is_refused_with_the_remedy():
         rotary(draw(1, 17, 1, 8))
 
 
-@pytest.mark.parametrize("changes", [{"max_length": 0}, {"base": 0.0}, {"base": -1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"max_length": 0}, {"base": 0.0}, {"base": -1.0}, {"factor": 0.5}, {"original_length": 0}]
+)
 def test_values_without_meaning_are_problems(changes):
     assert Rotary(**changes).problems()
     assert Rotary().problems() == []
+
+
+def test_a_factor_of_one_is_plain_rotary_bit_for_bit():
+    plain, neutral = (part.build(64) for part in (Rotary(), Rotary(factor=1.0, original_length=77)))
+    assert torch.equal(plain.cosine_TK, neutral.cosine_TK)
+    assert torch.equal(plain.sine_TK, neutral.sine_TK)
+
+
+def test_yarn_keeps_fast_turns_stretches_slow_ones_and_sharpens_the_scores():
+    part = Rotary(factor=4.0, original_length=1024)
+    plain, yarn = Rotary().build(64), part.build(64)
+    magnitude = 0.1 * math.log(4) + 1
+    # Frequency 0 turns 163 times within 1,024 tokens, frequency 31 less than once.
+    torch.testing.assert_close(yarn.cosine_TK[:, 0], magnitude * plain.cosine_TK[:, 0])
+    torch.testing.assert_close(yarn.sine_TK[:4096:4, 31], magnitude * plain.sine_TK[:1024, 31])
+    # Frequency 8, 0.1, turns 16.297 times: kept by (16.297 - 1) / 31.
+    kept = (1024 * 0.1 / (2 * math.pi) - 1) / 31
+    angle = 1000 * 0.1 * (kept + (1 - kept) / 4)
+    assert yarn.sine_TK[1000, 8].item() == pytest.approx(magnitude * math.sin(angle), abs=1e-5)

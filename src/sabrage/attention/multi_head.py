@@ -2,35 +2,58 @@
 
 q, k, v = x W_qkv (one product, split in that order), y = concat_h(attend(q_h, k_h, v_h)) W_out.
 Biases are left out. `qk_norm` normalises queries and keys per head before the rotation
-(Henry et al. 2020, arXiv 2010.04245).
+(Henry et al. 2020, arXiv 2010.04245). Query heads may share key/value heads (Shazeer 2019, arXiv 1911.02150;
+Ainslie et al. 2023, arXiv 2305.13245); queries, keys and values then have a matrix each.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from sabrage.attention.backends import CUDA_KERNELS, Backend, attend, choose_backend, fused_refusal
 from sabrage.attention.rotary import Rotary
+from sabrage.attention.scores import ScorePart
 from sabrage.context import Context
 from sabrage.linear import Linear
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
 from sabrage.run.device import DeviceFacts
 
+# Windows that follow the plan's are whole blocks of this many tokens.
+BLOCK = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class MultiHead(Mixer):
-    """Attention with as many key/value heads as query heads.
+    """Attention of `heads` query heads, which share `kv_heads` key/value heads (0: as many as query heads).
 
-    `zero_init` starts the output projection at zero, so that a fresh block adds nothing.
+    A layer sees all tokens before it; or `window` tokens, itself included; or the share `window_share` of
+    the plan's window, rounded to whole blocks of 64 tokens, at least one. `scores` change the scores in this
+    order. `zero_init` starts the output projection at zero, so that a fresh block adds nothing.
     """
 
     heads: int
+    kv_heads: int = 0
     rotary: Rotary | None = field(default_factory=Rotary)
     qk_norm: bool = False
     zero_init: bool = False
+    window: int | None = None
+    window_share: float | None = None
+    scores: tuple[ScorePart, ...] = ()
     backend: Backend = "auto"
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.window is not None and self.window < 1:
+            found.append(f"window={self.window} must be at least 1; null sees all")
+        if self.window_share is not None and self.window_share <= 0:
+            found.append(f"window_share={self.window_share} must be above 0; null sees all")
+        if self.window is not None and self.window_share is not None:
+            found.append(
+                f"window={self.window} and window_share={self.window_share} are both set; set one to null"
+            )
+        return found
 
     def build(self, *, dim: int, layer: int) -> nn.Module:
         if self.heads < 1 or dim % (2 * self.heads):
@@ -40,7 +63,18 @@ class MultiHead(Mixer):
                 f"mixer.heads={self.heads} does not cut dim={dim} into heads of even width; "
                 f"use {', '.join(map(str, near)) or 'an even dim'}"
             )
+        if self.kv_heads < 0 or self.heads % self.groups:
+            fits = [count for count in range(1, self.heads + 1) if self.heads % count == 0]
+            raise ValueError(
+                f"mixer.kv_heads={self.kv_heads} does not divide mixer.heads={self.heads}; "
+                f"use {', '.join(map(str, fits))}, or 0 for as many"
+            )
         return MultiHeadAttention(self, dim=dim, layer=layer)
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.kv_heads or self.heads
 
     def refusal(self, facts: DeviceFacts) -> str | None:
         return fused_refusal(self.backend, facts) if self.backend in CUDA_KERNELS else None
@@ -49,11 +83,22 @@ class MultiHead(Mixer):
         return replace(self, backend=choose_backend(self.backend, facts))
 
     def streams(self, dim: int) -> dict[str, int]:
-        return {"key": dim, "value": dim}
+        width = dim // self.heads * self.groups
+        return {"key": width, "value": width}
 
     def flops(self, dim: int, sequence_length: int) -> int:
-        projections = 2 * 4 * dim * dim
-        return projections + 2 * 2 * dim * (sequence_length + 1) // 2
+        """A share of the plan's window counts as all tokens, since the plan may have none."""
+        projections = 2 * 2 * dim * (dim + dim // self.heads * self.groups)
+        window = min(self.window or sequence_length, sequence_length)
+        # The first `window` tokens see 1, 2, ... and the others `window` each.
+        pairs = window * (window + 1) // 2 + (sequence_length - window) * window
+        return projections + 2 * 2 * dim * pairs // sequence_length
+
+    def window_of(self, context: Context) -> int | None:
+        """Tokens that a query sees in this forward pass; None: all before it."""
+        if self.window_share is None or context.window is None:
+            return self.window
+        return max(round(self.window_share * context.window / BLOCK), 1) * BLOCK
 
 
 class MultiHeadAttention(nn.Module):
@@ -61,22 +106,40 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, part: MultiHead, *, dim: int, layer: int) -> None:
         super().__init__()
-        self.heads, self.layer, self.backend, self.qk_norm = part.heads, layer, part.backend, part.qk_norm
-        self.qkv = Linear(dim, 3 * dim)
+        self.part, self.layer = part, layer
+        width = dim // part.heads
+        if part.groups == part.heads:
+            self.qkv = Linear(dim, 3 * dim)
+        else:
+            self.query = Linear(dim, dim)
+            self.key, self.value = (Linear(dim, part.groups * width) for _ in range(2))
         self.out = Linear(dim, dim)
         if part.zero_init:
             nn.init.zeros_(self.out.weight)
-        self.rotary = part.rotary.build(dim // part.heads) if part.rotary else None
+        self.rotary = part.rotary.build(width) if part.rotary else None
+        self.scores: Any = nn.ModuleList(score.build(heads=part.heads) for score in part.scores)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BTHK, k_BTGK, v_BTGK."""
+        heads, groups = self.part.heads, self.part.groups
+        width = x_BTD.shape[2] // heads
+        if groups == heads:
+            q, k, v = self.qkv(x_BTD).unflatten(2, (3, heads, width)).unbind(2)
+            return q, k, v
+        q_BTHK = self.query(x_BTD).unflatten(2, (heads, width))
+        k, v = (layer(x_BTD).unflatten(2, (groups, width)) for layer in (self.key, self.value))
+        return q_BTHK, k, v
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        batch, length, dim = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(batch, length, 3, self.heads, dim // self.heads).unbind(2)
-        if self.qk_norm:
+        part = self.part
+        q, k, v = self.project(x_BTD)
+        if part.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, context.positions_BT), self.rotary(k, context.positions_BT)
         if context.cache is not None:
             cached = context.cache.extend(self.layer, key=k.flatten(2), value=v.flatten(2))
-            k, v = (cached[name].unflatten(2, (self.heads, -1)) for name in ("key", "value"))
-        y_BTHK = attend(q, k, v, context, backend=self.backend)
+            k, v = (cached[name].unflatten(2, (part.groups, -1)) for name in ("key", "value"))
+        window = part.window_of(context)
+        y_BTHK = attend(q, k, v, context, backend=part.backend, window=window, scores=self.scores)
         return self.out(y_BTHK.flatten(2))

@@ -2,6 +2,10 @@
 
 With frequencies f_i = base^(-2i/K) and angle a = position * f_i, the halves x1, x2 of a head become
 y1 = x1 cos a + x2 sin a and y2 = -x1 sin a + x2 cos a, computed in fp32.
+
+YaRN (Peng et al. 2023, arXiv 2309.00071) stretches the positions of a model trained on L tokens by s:
+with r_i = L f_i / 2 pi turns within L, the frequency becomes f_i (g + (1 - g) / s), where g rises from 0 at 1
+turn to 1 at 32, and cosines and sines are multiplied by 0.1 ln s + 1, so that scores grow by its square.
 """
 
 from dataclasses import dataclass
@@ -13,18 +17,34 @@ from torch import Tensor, nn
 
 from sabrage.config import Part
 
+# Turns within the trained length below which a frequency is stretched wholly, and above which not at all.
+SLOW_TURNS, FAST_TURNS = 1, 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary(Part):
-    """Rotates queries and keys; `max_length` is the number of positions that the tables hold."""
+    """Rotates queries and keys; `max_length` is the number of positions that the tables hold.
+
+    `factor` is YaRN's, for a model trained on `original_length` tokens; 1 changes nothing.
+    """
 
     base: float = 10000.0
     max_length: int = 16384
+    factor: float = 1.0
+    original_length: int = 1024
 
     def problems(self) -> list[str]:
+        found = []
         if self.base <= 0 or self.max_length < 1:
-            return [f"rotary base={self.base}, max_length={self.max_length}; allowed: above 0, 1 or more"]
-        return []
+            found.append(
+                f"rotary base={self.base}, max_length={self.max_length}; allowed: above 0, 1 or more"
+            )
+        if self.factor < 1 or self.original_length < 1:
+            found.append(
+                f"rotary factor={self.factor}, original_length={self.original_length}; allowed: 1 or more, "
+                "the length evaluated over the length trained on, and the latter in tokens"
+            )
+        return found
 
     def build(self, width: int) -> "RotaryTables":
         """Tables for heads of this width (even)."""
@@ -39,7 +59,7 @@ class RotaryTables(nn.Module):
 
     def __init__(self, part: Rotary, width: int) -> None:
         super().__init__()
-        cosine_TK, sine_TK = tables(part.base, width, part.max_length)
+        cosine_TK, sine_TK = tables(part, width)
         self.register_buffer("cosine_TK", torch.from_numpy(cosine_TK), persistent=False)
         self.register_buffer("sine_TK", torch.from_numpy(sine_TK), persistent=False)
 
@@ -62,8 +82,20 @@ class RotaryTables(nn.Module):
 
 
 @cache
-def tables(base: float, width: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def tables(part: Rotary, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, (length, width / 2) fp32, computed once for all layers; not to be written to."""
-    frequency_K = base ** (-np.arange(0, width, 2) / width)
-    angle_TK = np.arange(length)[:, None] * frequency_K
-    return np.cos(angle_TK).astype(np.float32), np.sin(angle_TK).astype(np.float32)
+    frequency_K = part.base ** (-np.arange(0, width, 2) / width)
+    magnitude = 1.0
+    if part.factor != 1:
+        frequency_K = stretched(frequency_K, part)
+        magnitude = 0.1 * np.log(part.factor) + 1
+    angle_TK = np.arange(part.max_length)[:, None] * frequency_K
+    cosine_TK, sine_TK = np.cos(angle_TK), np.sin(angle_TK)
+    return (magnitude * cosine_TK).astype(np.float32), (magnitude * sine_TK).astype(np.float32)
+
+
+def stretched(frequency_K: np.ndarray, part: Rotary) -> np.ndarray:
+    """YaRN's frequencies: those that turn often within the trained length stay, slow ones are divided."""
+    turns_K = part.original_length * frequency_K / (2 * np.pi)
+    kept_K = np.clip((turns_K - SLOW_TURNS) / (FAST_TURNS - SLOW_TURNS), 0, 1)
+    return frequency_K * (kept_K + (1 - kept_K) / part.factor)
