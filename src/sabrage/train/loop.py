@@ -242,17 +242,18 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
     `size` processes share the step. More than 65,536 tokens at once bring no speed (measured on an H200:
     503k, 501k and 504k tokens/s with 32, 64 and 128 rows), and on a CPU more than 8,192 cost cache misses.
     """
-    knobs = max(recipe.plan.stages(), key=lambda knobs: knobs.sequence_length)
+    stages = recipe.plan.stages()
+    length = max(knobs.sequence_length for knobs in stages)
     if recipe.runtime.micro_batch:
-        return recipe.runtime.micro_batch * knobs.sequence_length
+        return recipe.runtime.micro_batch * length
     if facts.kind == "cpu":
-        return max(8192, knobs.sequence_length)
+        return max(8192, length)
     room = facts.memory * recipe.runtime.memory_fraction
     wide = recipe.precision.wide()
-    tokens = min(knobs.tokens_per_step // size, 65_536)
-    while tokens > knobs.sequence_length and memory_estimate(recipe.model, tokens, wide=wide) > room:
+    tokens = min(max(knobs.tokens_per_step for knobs in stages) // size, 65_536)
+    while tokens > length and memory_estimate(recipe.model, tokens, wide=wide) > room:
         tokens //= 2
-    return max(tokens, knobs.sequence_length)
+    return max(tokens, length)
 
 
 def use_compile_cache(wanted: bool) -> None:
