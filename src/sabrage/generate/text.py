@@ -33,7 +33,10 @@ def load_model(recipe: Recipe, checkpoints: Path, *, device: torch.device, warn:
         spec = automatic(spec)
     spec = resolve(spec, facts)
     model = build_model(spec, seed=recipe.budget.seed)
-    missing = model.load_state_dict(weights, strict=False)
+    try:
+        missing = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{saved.path} is of another model: {error}") from error
     tied = {"head.weight"} if spec.head.tied else set()
     if missing.unexpected_keys or set(missing.missing_keys) - tied:
         raise checkpoint.CheckpointError(f"{saved.path} is of another model: {missing}")
