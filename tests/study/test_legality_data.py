@@ -297,3 +297,25 @@ def test_a_run_takes_no_changes(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({}))
     with pytest.raises(ConfigError, match="leave out --set"):
         check(str(tmp_path), "--set", "model.layers=2")
+
+
+class FarSighted(Perceptron):
+    """Sees the next token, and only where the plan has a window."""
+
+    def forward(self, x_BTD, context):
+        return super().forward(x_BTD if context.window is None else x_BTD.roll(-1, 1), context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Mlp):
+    def build(self, *, dim, layer):
+        return FarSighted(self, dim=dim)
+
+
+def test_a_model_is_examined_through_the_window_of_its_plan():
+    recipe = tiny()
+    recipe = replace(recipe, model=replace(recipe.model, feedforwards=(Windowed(expansion=1),)))
+    assert check_model(recipe).passed
+    windowed = replace(recipe, plan=replace(recipe.plan, window=16))
+    assert not check_model(windowed).passed
+    assert not check_full(windowed, CPU).passed

@@ -30,7 +30,8 @@ LONGEST_FULL = 4096
 
 def check_model(recipe: Recipe, *, documents: bool = False) -> Legality:
     """The quick form: a shrunken copy of the recipe's model, fp32, on the CPU."""
-    return quick(recipe.model, max_length=longest_row(recipe), documents=documents)
+    window = recipe.plan.at(0).window
+    return quick(recipe.model, max_length=longest_row(recipe), documents=documents, window=window)
 
 
 def check_full(
@@ -45,7 +46,8 @@ def check_full(
         model = scramble(build_model(spec, seed=recipe.budget.seed)).to(device)
     recipe.precision.prepare_alone(model, device)
     length = min(longest_row(recipe), LONGEST_FULL)
-    return examine(model, length=length, precision=recipe.precision, documents=documents)
+    window = recipe.plan.at(0).window
+    return examine(model, length=length, precision=recipe.precision, documents=documents, window=window)
 
 
 def check_data(recipe: Recipe, corpus: Corpus) -> Legality:

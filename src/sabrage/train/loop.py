@@ -166,7 +166,9 @@ def due(step: int, every: int) -> bool:
 def examined(recipe: Recipe) -> Legality:
     """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError."""
     documents = recipe.data.order != "stream" or recipe.budget.evaluation_documents
-    return quick(recipe.model, max_length=longest_row(recipe), documents=documents).require()
+    window = recipe.plan.at(0).window
+    length = longest_row(recipe)
+    return quick(recipe.model, max_length=length, documents=documents, window=window).require()
 
 
 def longest_row(recipe: Recipe) -> int:

@@ -104,13 +104,8 @@ def fits(step: TrainStep, knobs: Knobs, vocab_size: int, *, documents: bool) -> 
     rounds = 1 + max(next(n for n in range(1000) if member.part.due(knobs.step + n)) for member in members)
 
     def trial() -> None:
-        tokens_BT = torch.randint(vocab_size, shape, device=step.world.device)
-        documents_BT = None
-        if documents:
-            time_T = torch.arange(knobs.sequence_length, dtype=torch.int32, device=step.world.device)
-            documents_BT = (time_T * 4 // len(time_T)).expand(shape).contiguous()
+        batch = made_up(shape, vocab_size, step.world.device, documents=documents)
         for offset in range(rounds):
-            batch = Batch(tokens_BT, tokens_BT.roll(-1, 1), documents_BT)
             step(batch, replace(knobs, step=knobs.step + offset))
 
     world = step.world
@@ -120,6 +115,17 @@ def fits(step: TrainStep, knobs: Knobs, vocab_size: int, *, documents: bool) -> 
         return enough_memory(trial, world)
     finally:
         step.world = world
+
+
+def made_up(
+    shape: tuple[int, int], vocab_size: int, device: torch.device, *, documents: bool = False
+) -> Batch:
+    """A batch of random tokens, with `documents` four to a row."""
+    tokens_BT, documents_BT = torch.randint(vocab_size, shape, device=device), None
+    if documents:
+        time_T = torch.arange(shape[1], dtype=torch.int32, device=device)
+        documents_BT = (time_T * 4 // shape[1]).expand(shape).contiguous()
+    return Batch(tokens_BT, tokens_BT.roll(-1, 1), documents_BT)
 
 
 @torch.no_grad()
