@@ -47,6 +47,12 @@ def test_cells_differ_in_the_length_of_their_rows_and_in_nothing_that_would_not_
         assert recipe.model.max_lengths()["model.mixers.0.rotary.max_length"] >= length
 
 
+def test_cells_that_keep_documents_apart_in_training_do_so_in_validation():
+    plan = context("demo", "demo+data.order=masked", "demo+data.order=documents", lengths=(64,))
+    documents = [cell.make().budget.evaluation_documents for cell, _, _ in cells_of(plan)]
+    assert documents == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("plan", "error", "said"),
     [

@@ -3,7 +3,8 @@
 Every cell, a variant at one length, is an ordinary run in a process of its own, validated in rows of the
 length that it trained on. The last validation is told by the position in the row: targets far into their row
 have a longer context, so that a curve which goes on falling shows that the context is used. All cells read
-the same blocks of the data in the same order.
+the same blocks of the data in the same order. Those that keep documents apart in training do so in validation
+as well.
 """
 
 import json
@@ -76,13 +77,16 @@ class ContextPlan(Part):
     def at_length(self, recipe: Recipe, length: int) -> Recipe:
         """The recipe in rows of `length`, in blocks that rows of every length of the plan divide."""
         recipe = fitted(recipe, steps=self.steps, tokens=self.tokens)
+        documents = recipe.budget.evaluation_documents or recipe.data.order != "stream"
         for path, limit in recipe.model.max_lengths().items():
             recipe = override(recipe, f"{path}={max(limit, length)}")
         return replace(
             recipe,
             data=replace(recipe.data, block_tokens=math.lcm(recipe.data.block_tokens, *self.lengths)),
             plan=replace(recipe.plan, sequence_length=length),
-            budget=replace(recipe.budget, evaluation_length=length, by_position=True),
+            budget=replace(
+                recipe.budget, evaluation_length=length, evaluation_documents=documents, by_position=True
+            ),
             runtime=replace(recipe.runtime, micro_batch=0),
         )
 
@@ -146,7 +150,8 @@ def summarise_context(plan: ContextPlan, jobs: Sequence[Job], *, name: str) -> d
         "charts": charts(rows, plan),
         "sentences": [sentence for made in rows if (sentence := told(made, shared))],
         "notes": [
-            f"the shared positions are the first {shared:,} of a row",
+            f"the shared positions are the first {shared:,} of a row; stretches hold different targets, so "
+            "that the fewer are scored, the more of their differences is chance",
             *cautions(runs),
             *(["one seed: this screens, it proves nothing"] if len(plan.seeds) < 2 else []),
         ],
