@@ -119,8 +119,29 @@ def assemble(one_thread):
         evaluator = Evaluator(
             learner.model, recipe.precision, world, recipe.data.open().validation,
             num_targets=budget.evaluation_tokens, length=budget.evaluation_length,
-            batch_tokens=micro_tokens, compile=compile,
+            batch_tokens=micro_tokens, compile=compile, windows=recipe.evaluation_windows(),
         )  # fmt: skip
         return Session(learner, optimizers), step, evaluator
 
     return build
+
+
+class CountGraphs:
+    """A torch.compile backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, module, inputs):
+        self.graphs += 1
+        return module.forward
+
+    def compile(self, function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=self)
+
+
+@pytest.fixture
+def counting():
+    torch._dynamo.reset()
+    yield CountGraphs()
+    torch._dynamo.reset()

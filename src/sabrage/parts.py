@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from sabrage.config import Part
 from sabrage.run.device import DeviceFacts
+from sabrage.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """The values of everything that varies in time, at one step.
+    """The values of everything that varies in time, at one step of a run of `steps`.
 
     `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
     `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
@@ -37,6 +38,7 @@ class Knobs:
     momentum: float | None = None
     loss_weights: tuple[float, ...] = ()
     window: int | None = None
+    steps: int = 1
 
 
 @dataclass
@@ -152,11 +154,12 @@ class Optimizer(Part, ABC):
 class OptimizerGroup(Part):
     """Parameters whose names match `pattern` (a regular expression, searched) go to `optimizer`.
 
-    Groups are tried in order and the first match wins.
+    Groups are tried in order and the first match wins. `lr` takes the place of the plan's schedule.
     """
 
     pattern: str
     optimizer: Optimizer
+    lr: Schedule | None = None
 
 
 class LossScaler(Protocol):
@@ -227,6 +230,9 @@ class Tokenizer(Protocol):
     def decode_bytes(self, tokens: Iterable[int]) -> bytes: ...
 
 
+Order = Literal["stream", "masked", "documents"]
+
+
 class TokenStream(Protocol):
     """An endless, randomly addressable sequence of blocks of `block_tokens` inputs and their targets."""
 
@@ -244,6 +250,7 @@ class Corpus:
 
     `track` is what results are filed under ("nocap", "stand-in", "embedded", "own"); `fingerprint` is
     what the manifest records (files, sizes, hashes). `validation` is a 1-D array of uint16 tokens.
+    `end_of_text` is the token before each document, None where there is none.
     """
 
     track: str
@@ -252,13 +259,18 @@ class Corpus:
     vocab_size: int
     tokenizer: Tokenizer | None
     fingerprint: dict[str, Any]
+    end_of_text: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource(Part, ABC):
-    """Where the tokens come from, in blocks of `block_tokens`, of which a step takes whole ones."""
+    """Where the tokens come from, in blocks of `block_tokens`, of which a step takes whole ones.
+
+    `order` "masked" keeps the documents of a row apart, "documents" also packs rows of whole documents.
+    """
 
     block_tokens: int
+    order: Order = "stream"
 
     @abstractmethod
     def open(self, folder: Path | None = None) -> Corpus:

@@ -1,28 +1,15 @@
 """Everything that varies in time, as functions of the step: `Plan.at(step) -> Knobs`.
 
-Floats reach compiled code as tensors and optimizer hyperparameters. Sequence lengths and batch sizes are
-shapes, so they come in few stages, which the warm-up can list and compile beforehand.
+Floats reach compiled code as tensors and optimizer hyperparameters. Sequence lengths, batch sizes and windows
+are built into compiled code, so they come in few stages, which the warm-up can list and compile beforehand.
 """
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from sabrage.config import Part
 from sabrage.parts import Knobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule(Part, ABC):
-    """A multiplier as a function of the step."""
-
-    @abstractmethod
-    def at(self, step: int, steps: int) -> float:
-        """The value at `step`, counted from 0, of a run of `steps`."""
-
-    @abstractmethod
-    def scaled(self, factor: float) -> Self:
-        """The same course for a run `factor` times as long: step numbers move, values stay."""
+from sabrage.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +79,30 @@ class Trapezoid(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ramp(Schedule):
+    """From `first` to `last` over `rise` steps, on a straight line, and back over the last `fall` steps."""
+
+    first: float
+    last: float
+    rise: int
+    fall: int = 0
+
+    def problems(self) -> list[str]:
+        if min(self.rise, self.fall) < 0:
+            return [f"{self}: rise and fall must be at least 0"]
+        return []
+
+    def at(self, step: int, steps: int) -> float:
+        risen = min(step / self.rise, 1.0) if self.rise else 1.0
+        left = min((steps - 1 - step) / self.fall, 1.0) if self.fall else 1.0
+        return self.first + min(risen, left) * (self.last - self.first)
+
+    def scaled(self, factor: float) -> Self:
+        rise, fall = (max(round(n * factor), min(n, 1)) for n in (self.rise, self.fall))
+        return replace(self, rise=rise, fall=fall)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stages(Part):
     """A whole number that changes at given steps: `values[i]` holds from step `starts[i]` on."""
 
@@ -119,8 +130,10 @@ class Stages(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Part):
-    """The course of a run; `tokens_per_step` and `sequence_length` are in tokens.
+    """The course of a run; `tokens_per_step`, `sequence_length` and `window` are in tokens.
 
+    `window` is how many tokens a windowed layer sees, None meaning all. `momentum` is a value, not a
+    multiplier: it overrides that of the optimizers that have one; None leaves them their own.
     `loss_weights` are the objective's, as many as it takes.
     """
 
@@ -130,12 +143,14 @@ class Plan(Part):
     sequence_length: int | Stages
     weight_decay: Schedule = Constant()
     loss_weights: tuple[Schedule, ...] = ()
+    momentum: Schedule | None = None
+    window: int | Stages | None = None
 
     def problems(self) -> list[str]:
         found = []
         if self.steps < 1:
             found.append(f"plan.steps={self.steps} must be at least 1")
-        shapes = (self.tokens_per_step, self.sequence_length)
+        shapes = self.shapes()
         if any(value.problems() for value in shapes if isinstance(value, Stages)):
             # The stages say so themselves; until they are mended there is nothing to ask them.
             return found
@@ -148,23 +163,40 @@ class Plan(Part):
                     f"at step {knobs.step}: plan.tokens_per_step={tokens} is not a whole number of rows of "
                     f"plan.sequence_length={length}; use {max(-(-tokens // length), 1) * length}"
                 )
-        return found
+        if isinstance(self.window, int) and self.window < 1:
+            found.append(f"plan.window={self.window} must be at least 1, or null for all tokens")
+        return found + self.unstable()
+
+    def unstable(self) -> list[str]:
+        """A sentence about the first step at which the momentum is none."""
+        for step in range(self.steps if self.momentum and not self.momentum.problems() else 0):
+            value = self.at(step).momentum
+            if value is not None and not 0 <= value < 1:
+                return [f"at step {step}: plan.momentum is {value}, allowed: from 0 to below 1"]
+        return []
+
+    def shapes(self) -> tuple[int | Stages | None, ...]:
+        """What is built into compiled code."""
+        return self.tokens_per_step, self.sequence_length, self.window
 
     def at(self, step: int) -> Knobs:
         """All knobs at `step` (from 0)."""
         return Knobs(
             step=step,
+            steps=self.steps,
             lr=self.lr.at(step, self.steps),
             weight_decay=self.weight_decay.at(step, self.steps),
+            momentum=None if self.momentum is None else self.momentum.at(step, self.steps),
             sequence_length=staged(self.sequence_length, step),
             tokens_per_step=staged(self.tokens_per_step, step),
             loss_weights=tuple(weight.at(step, self.steps) for weight in self.loss_weights),
+            window=None if self.window is None else staged(self.window, step),
         )
 
     def stages(self) -> list[Knobs]:
         """The knobs at the first step of every stretch of constant shapes."""
         starts = {0}
-        for value in (self.tokens_per_step, self.sequence_length):
+        for value in self.shapes():
             if isinstance(value, Stages):
                 starts.update(start for start in value.starts if start < self.steps)
         return [self.at(step) for step in sorted(starts)]

@@ -19,7 +19,10 @@ class Budget(Part):
 
     `target` (nats) ends the run at the first validation that reaches it: for exploring, not for claims,
     which fix the number of steps beforehand. `evaluation_tokens` targets are scored in rows of
-    `evaluation_length`. Checkpoints are also written at the end and when the run is interrupted.
+    `evaluation_length`, through windows of at least `evaluation_window` where the plan has windows; with
+    `evaluation_documents` attention stays within the documents that the inputs so far show, and with
+    `by_position` the last validation is also told by the position in the row. Checkpoints are also written
+    at the end and when the run is interrupted.
     """
 
     seed: int = 0
@@ -27,6 +30,9 @@ class Budget(Part):
     evaluate_every: int = 128
     evaluation_tokens: int = 1_048_576
     evaluation_length: int = 1024
+    evaluation_window: int | None = None
+    evaluation_documents: bool = False
+    by_position: bool = False
     log_every: int = 10
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -34,6 +40,8 @@ class Budget(Part):
     def problems(self) -> list[str]:
         least = {"evaluation_tokens": 1, "evaluation_length": 1, "log_every": 1, "keep_checkpoints": 1}
         least |= {"evaluate_every": 0, "checkpoint_every": 0, "seed": 0}
+        if self.evaluation_window is not None:
+            least["evaluation_window"] = 1
         return [
             f"budget.{name}={getattr(self, name)} must be at least {bound}"
             for name, bound in least.items()
@@ -141,7 +149,25 @@ class Recipe(Part):
         return found
 
     def narrow(self, facts: Any) -> Any:
-        return replace(facts, products=self.precision.peak(), dim=self.model.dim)
+        documents = self.data.order != "stream"
+        return replace(facts, products=self.precision.peak(), dim=self.model.dim, documents=documents)
+
+    def scaled(self, steps: int) -> Self:
+        """The same course in `steps` steps, as `Plan.scaled`; the groups' own schedules come along."""
+        factor = steps / self.plan.steps
+        optim = tuple(replace(g, lr=g.lr.scaled(factor)) if g.lr else g for g in self.optim)
+        return replace(self, plan=self.plan.scaled(steps), optim=optim)
+
+    def evaluation_window(self, step: int) -> int | None:
+        """The window of a validation after `step` steps: that of the last step, or budget's if larger."""
+        window = self.plan.at(max(step - 1, 0)).window
+        return None if window is None else max(window, self.budget.evaluation_window or 0)
+
+    def evaluation_windows(self) -> list[int | None]:
+        """The windows of all validations of the run, each once."""
+        every, steps = self.budget.evaluate_every, self.plan.steps
+        ends = [*range(every, steps, every), steps] if every else [steps]
+        return list(dict.fromkeys(map(self.evaluation_window, ends)))
 
     def validate(self, facts: DeviceFacts | None = None) -> Self:
         """The recipe itself when nothing is wrong; ConfigError naming ALL problems otherwise."""

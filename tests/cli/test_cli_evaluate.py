@@ -79,3 +79,24 @@ def test_what_is_no_text_is_refused(score, tmp_path, capsys, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     assert main(["eval", "run", "--device", "cpu", "--text", "bad.txt"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_loss_is_told_by_position_when_asked(score):
+    printed = score("--length", "100", "--tokens", "500", "--by-position")
+    losses = [float(loss) for loss in re.findall(r"positions .*: ([\d.]+) nats", printed)]
+    whole = float(re.search(r"validation loss ([\d.]+)", printed)[1])
+    assert "positions 64 to 99" in printed
+    assert (losses[0] * 64 + losses[1] * 36) / 100 == pytest.approx(whole, abs=2e-5)
+
+
+def test_positions_can_be_stretched_beyond_the_trained_length(score):
+    stretch = ("--set", "model.mixers.0.rotary.factor=4", "--set", "model.mixers.0.rotary.original_length=32")
+    plain, stretched = (score("--length", "128", *options) for options in ((), stretch))
+    assert numbers(plain)[0] != numbers(stretched)[0]
+    assert abs(numbers(plain)[0] - numbers(stretched)[0]) < 0.5
+
+
+def test_a_change_that_needs_other_weights_is_refused(score, capsys):
+    score()
+    assert main(["eval", "run", "--device", "cpu", "--set", "model.dim=64"]) == 1
+    assert "sabrage: " in capsys.readouterr().err

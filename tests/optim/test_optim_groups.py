@@ -8,6 +8,7 @@ from sabrage.optim.adamw import AdamW
 from sabrage.optim.groups import Optimizers, assign
 from sabrage.optim.muon import Muon
 from sabrage.parts import Knobs, OptimizerGroup
+from sabrage.plan import Constant, Plan, Trapezoid
 
 EVERY_OTHER = Muon(every=2, normuon=True, weight_decay=0.1, cautious=True)
 GROUPS = [
@@ -176,3 +177,45 @@ def test_zero_grad_can_keep_the_gradient_tensors():
     assert not any(parameter.grad.any() for _, parameter in named)
     optimizers.zero_grad()
     assert all(parameter.grad is None for _, parameter in named)
+
+
+def rates(optimizers, plan, step):
+    """The learning rate of every optimizer's first parameter at a step, by its name."""
+    for _, parameter in (pair for member in optimizers.members for pair in member.parameters):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step(plan.at(step))
+    return {member.parameters[0][0]: member.optimizer.param_groups[0]["lr"] for member in optimizers.members}
+
+
+def test_a_groups_own_schedule_takes_the_place_of_the_plans():
+    plan = Plan(steps=10, lr=Constant(value=0.5), tokens_per_step=8, sequence_length=8)
+    own = Trapezoid(warmup=0, warmdown=10)
+    optimizer = AdamW(lr=0.01)
+    groups = [
+        OptimizerGroup(pattern="embedding", optimizer=optimizer, lr=own),
+        OptimizerGroup(pattern=".", optimizer=optimizer),
+    ]
+    optimizers = Optimizers(groups, named_parameters(), "cpu")
+    for step in (0, 5, 9):
+        assert rates(optimizers, plan, step) == {
+            "embedding.weight": pytest.approx(0.01 * own.at(step, 10)),
+            "blocks.0.qkv.weight": pytest.approx(0.005),
+        }
+
+
+def test_groups_alike_in_optimizer_and_schedule_share_one_optimizer():
+    groups = [group("embedding"), group("qkv"), OptimizerGroup(pattern=".", optimizer=AdamW(), lr=Constant())]
+    assert len(Optimizers(groups, named_parameters(), "cpu").members) == 2
+
+
+def test_a_group_without_a_schedule_moves_bit_for_bit_as_with_the_plans_own():
+    weights = []
+    for own in (None, Constant(value=0.25)):
+        groups = [OptimizerGroup(pattern=".", optimizer=AdamW(lr=0.01), lr=own)]
+        named = named_parameters()
+        optimizers = Optimizers(groups, named, "cpu")
+        for parameter in (pair[1] for pair in named):
+            parameter.grad = torch.ones_like(parameter)
+        optimizers.step(Knobs(step=0, lr=0.25, sequence_length=8, tokens_per_step=64))
+        weights.append([parameter for _, parameter in named])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))

@@ -1,8 +1,11 @@
 """Plans: the baseline's schedule at every step, stages and their tokens, and all problems at once."""
 
+from dataclasses import replace
+
 import pytest
 
-from sabrage.plan import Constant, Plan, Stages, Trapezoid
+from sabrage.config import override
+from sabrage.plan import Constant, Plan, Ramp, Stages, Trapezoid
 from sabrage.recipes import find
 
 
@@ -96,3 +99,74 @@ def test_stages_that_are_no_stages_say_so_and_the_plan_survives_asking(stages):
 def test_a_trapezoid_with_negative_ramps_or_a_floor_beyond_the_peak_is_refused(changes):
     assert Trapezoid(**({"warmup": 1, "warmdown": 1} | changes)).problems()
     assert Trapezoid(warmup=0, warmdown=0).problems() == []
+
+
+def test_a_ramp_rises_stays_and_falls_back():
+    momentum = Ramp(first=0.85, last=0.95, rise=4, fall=2)
+    values = [momentum.at(step, 10) for step in range(10)]
+    assert values == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95, 0.95, 0.95, 0.9, 0.85])
+    assert Ramp(first=0.85, last=0.95, rise=0).at(0, 10) == 0.95
+    assert momentum.scaled(0.5) == Ramp(first=0.85, last=0.95, rise=2, fall=1)
+    assert Ramp(first=0.0, last=1.0, rise=-1).problems()
+
+
+def test_momentum_and_window_are_knobs_that_are_none_unless_planned():
+    assert (make().at(3).momentum, make().at(3).window) == (None, None)
+    plan = make(momentum=Ramp(first=0.5, last=0.9, rise=8), window=Stages(values=(8, 16), starts=(0, 4)))
+    assert [plan.at(step).momentum for step in (0, 4, 8)] == pytest.approx([0.5, 0.7, 0.9])
+    assert [plan.at(step).window for step in (0, 3, 4, 9)] == [8, 8, 16, 16]
+    assert {knobs.steps for knobs in plan.stages()} == {10}
+
+
+def test_stages_list_every_window_once_a_stretch_of_constant_shapes():
+    plan = make(
+        tokens_per_step=Stages(values=(64, 128), starts=(0, 4)),
+        window=Stages(values=(8, 16, 24, 32), starts=(0, 2, 4, 11)),
+    )
+    shapes = [(knobs.step, knobs.tokens_per_step, knobs.window) for knobs in plan.stages()]
+    assert shapes == [(0, 64, 8), (2, 64, 16), (4, 128, 24)]
+    half = plan.scaled(5)
+    assert [(knobs.step, knobs.window) for knobs in half.stages()] == [(0, 8), (1, 16), (2, 24)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"window": 0}, "plan.window=0 must be at least 1"),
+        ({"momentum": Constant(value=1.0)}, "at step 0: plan.momentum is 1.0"),
+        ({"momentum": Ramp(first=0.9, last=1.2, rise=6)}, "at step 2: plan.momentum is 1.0"),
+    ],
+)
+def test_a_window_or_a_momentum_that_is_none_is_refused(changes, said):
+    (problem,) = make(**changes).problems()
+    assert problem.startswith(said)
+
+
+def test_the_batch_may_grow_in_stages_of_whole_blocks():
+    stages = '{"part": "Stages", "values": [32768, 65536, 131072], "starts": [0, 1000, 2000]}'
+    recipe = override(find("nocap"), f"plan.tokens_per_step={stages}").validate()
+    assert recipe.data.block_tokens == 16384
+    assert [knobs.tokens_per_step for knobs in recipe.plan.stages()] == [32768, 65536, 131072]
+
+
+def test_a_shorter_run_scales_the_schedules_of_groups_as_well():
+    own = Trapezoid(warmup=0, warmdown=100)
+    recipe = find("base")
+    groups = (replace(recipe.optim[0], lr=own), *recipe.optim[1:])
+    half = replace(recipe, optim=groups).scaled(180)
+    assert half.optim[0].lr == Trapezoid(warmup=0, warmdown=50)
+    assert half.optim[1:] == recipe.optim[1:]
+    assert half.plan == recipe.plan.scaled(180)
+
+
+def test_validation_sees_through_the_plans_window_or_a_larger_one_that_is_declared():
+    recipe = find("base")
+    windows = Stages(values=(128, 512), starts=(0, 90))
+    recipe = replace(recipe, plan=replace(recipe.plan, window=windows))
+    assert [recipe.evaluation_window(step) for step in (0, 90, 91, 360)] == [128, 128, 512, 512]
+    assert recipe.evaluation_windows() == [128, 512]
+    for declared, expected in ((256, [256, 512]), (1024, [1024])):
+        wider = override(recipe, f"budget.evaluation_window={declared}")
+        assert wider.evaluation_windows() == expected
+    assert override(recipe, "budget.evaluate_every=0").evaluation_windows() == [512]
+    assert find("base").evaluation_windows() == [None]

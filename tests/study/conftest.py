@@ -35,6 +35,9 @@ values, seed = manifest["values"], manifest["seed"]
 if values.get("model.layers") == "3":
     print("out of memory")
     sys.exit(3)
+if values.get("model.layers") == "5":
+    print("the disk went away")
+    sys.exit(4)
 if values.get("budget.checkpoint_every") == "7" and not given.resume:
     # Waits to be interrupted, as a long run would be.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -57,6 +60,10 @@ result = {
     "tokens_per_second": 4096 / step_seconds, "train_seconds": seconds, "nocap_seconds": seconds + 1,
     "wall_seconds": seconds + 2, "median_step_seconds": step_seconds, "peak_memory": None,
 }
+length = int(values.get("plan.sequence_length", 256))
+if values.get("budget.by_position") == "true":
+    result["by_position"] = [[0, 64, loss + 0.1], [64, length, loss - 0.1]][: 1 + (length > 64)]
+
 (given.out / "checkpoints" / "step-last").mkdir(parents=True)
 (given.out / "result.json").write_text(json.dumps(result))
 """

@@ -11,7 +11,8 @@ from contracts import shrink
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.cli.check import Check
-from sabrage.config import ConfigError
+from sabrage.config import ConfigError, override
+from sabrage.context import Context
 from sabrage.data.shards import write_shard
 from sabrage.data.stream import ShardStream
 from sabrage.feedforward.mlp import Mlp, Perceptron
@@ -29,6 +30,7 @@ from sabrage.study.legality import (
     check_targets,
     check_unseen,
     contains,
+    first_batch,
 )
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.loop import train
@@ -121,9 +123,9 @@ def test_inputs_that_show_the_target_are_caught():
 
 def test_scoring_in_train_mode_is_caught():
     class InTrainMode(Evaluator):
-        def _score(self, tokens, targets):
+        def _score(self, *given):
             self.model.train()
-            return super()._score(tokens, targets)
+            return super()._score(*given)
 
     assert scoring(InTrainMode).detail == "the model is scored in train mode"
 
@@ -134,6 +136,23 @@ def test_targets_of_unequal_weight_are_caught():
             return super().__call__() * 1.001
 
     assert scoring(Heavier).detail.startswith("the targets do not weigh the same")
+
+
+class ByTargets(Evaluator):
+    """Tells documents apart one token too early: the mask of an input shows that its target is the last."""
+
+    def _score(self, tokens_BT, targets_BT, window=None):
+        documents_BT = (targets_BT == self.end_of_text).cumsum(1)
+        h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT))
+        return self.model.head.loss(h_BTD, targets_BT)
+
+
+@pytest.mark.parametrize(("evaluator", "passed"), [(Evaluator, True), (ByTargets, False)])
+def test_documents_in_validation_must_show_in_the_inputs_so_far(evaluator, passed):
+    recipe = override(tiny(), "budget.evaluation_documents=true")
+    found = check_scoring(recipe, tokens_of(1, 1000), evaluator=evaluator, end_of_text=VOCABULARY - 1)
+    assert found.passed is passed
+    assert ("more than the ends of text" in found.detail) is not passed
 
 
 def batch(shift):
@@ -162,6 +181,17 @@ def test_masked_training_targets_are_left_alone():
     masked = batch(1)
     masked.targets_BT[1, 4] = -1
     assert check_targets(masked).passed
+
+
+@pytest.mark.parametrize("order", ["masked", "documents"])
+def test_a_recipe_over_documents_passes_as_a_whole(data, order):
+    recipe = override(override(tiny(data), f"data.order={order}"), "budget.evaluation_documents=true")
+    corpus = recipe.data.open()
+    assert check_data(recipe, corpus).passed
+    wrong = first_batch(recipe, corpus)
+    wrong.targets_BT[1, 4] += 1
+    wrong.documents_BT[1] = 0
+    assert not check_targets(wrong).passed
 
 
 def test_other_data_is_unseen():
@@ -267,3 +297,25 @@ def test_a_run_takes_no_changes(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({}))
     with pytest.raises(ConfigError, match="leave out --set"):
         check(str(tmp_path), "--set", "model.layers=2")
+
+
+class FarSighted(Perceptron):
+    """Sees the next token, and only where the plan has a window."""
+
+    def forward(self, x_BTD, context):
+        return super().forward(x_BTD if context.window is None else x_BTD.roll(-1, 1), context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windowed(Mlp):
+    def build(self, *, dim, layer):
+        return FarSighted(self, dim=dim)
+
+
+def test_a_model_is_examined_through_the_window_of_its_plan():
+    recipe = tiny()
+    recipe = replace(recipe, model=replace(recipe.model, feedforwards=(Windowed(expansion=1),)))
+    assert check_model(recipe).passed
+    windowed = replace(recipe, plan=replace(recipe.plan, window=16))
+    assert not check_model(windowed).passed
+    assert not check_full(windowed, CPU).passed

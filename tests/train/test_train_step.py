@@ -66,27 +66,6 @@ def test_a_step_leaves_no_gradients(tiny, assemble):
     assert all(parameter.grad is None for parameter in session.learner.parameters())
 
 
-class CountGraphs:
-    """A torch.compile backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, module, inputs):
-        self.graphs += 1
-        return module.forward
-
-    def compile(self, function):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend=self)
-
-
-@pytest.fixture
-def counting():
-    torch._dynamo.reset()
-    yield CountGraphs()
-    torch._dynamo.reset()
-
-
 def test_the_forward_pass_is_one_graph_whatever_the_knobs(tiny, assemble, counting):
     session, step, _ = assemble(tiny, micro_rows=2)
     expected = [step(batch(seed=seed), replace(KNOBS, step=seed, lr=1 / (1 + seed))) for seed in range(4)]

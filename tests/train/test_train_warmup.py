@@ -80,7 +80,7 @@ def test_every_shape_of_the_plan_is_run(staged, assemble):
     shapes = record_shapes(step)
     scored = []
     plain = evaluator.score
-    evaluator.score = lambda tokens, targets: scored.append(tuple(tokens.shape)) or plain(tokens, targets)
+    evaluator.score = lambda *given: scored.append(tuple(given[0].shape)) or plain(*given)
     warm_up(session, step, staged.plan.stages(), evaluator, vocab_size=257, say=pytest.fail)
     assert set(shapes) == {(4, 16), (1, 64)}
     assert scored == [(2, 32)]
@@ -151,10 +151,10 @@ def shrink_memory_of(evaluator, *, rows):
     """Memory for scoring runs out at that many rows."""
     score = evaluator.score
 
-    def run(tokens_BT, targets_BT):
+    def run(tokens_BT, *arguments):
         if len(tokens_BT) >= rows:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return score(tokens_BT, targets_BT)
+        return score(tokens_BT, *arguments)
 
     evaluator.score = run
 

@@ -20,12 +20,12 @@ from sabrage.bench.result import Column, write_result
 from sabrage.config import resolve
 from sabrage.model.counts import flops_per_token
 from sabrage.optim.groups import Optimizers
-from sabrage.parts import Batch
 from sabrage.recipe import Recipe
 from sabrage.recipes import find
 from sabrage.run.device import DeviceFacts, probe
 from sabrage.train.loop import build_learner, micro_batch_tokens, use_compile_cache
 from sabrage.train.step import TrainStep
+from sabrage.train.warmup import made_up
 from sabrage.train.world import World
 
 STEPS = 7
@@ -73,8 +73,7 @@ def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[st
     step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=True)
     knobs = recipe.plan.at(0)
     shape = (knobs.tokens_per_step // knobs.sequence_length, knobs.sequence_length)
-    tokens_BT = torch.randint(recipe.model.vocab_size, shape, device=device)
-    batch = Batch(tokens_BT, tokens_BT.roll(-1, 1))
+    batch = made_up(shape, recipe.model.vocab_size, device, documents=recipe.data.order != "stream")
     for _ in range(2):
         step(batch, knobs)
     torch.cuda.synchronize(device)

@@ -18,6 +18,7 @@ from sabrage.cli.generate import Generate
 from sabrage.cli.report import Report, Watch
 from sabrage.cli.study import Study
 from sabrage.cli.submit import Submit
+from sabrage.cli.sweep import Sweep
 from sabrage.cli.train import Train
 
 DESCRIPTION = """Train GPT-2-class language models to a target loss on one GPU, and prove what helped.
@@ -36,6 +37,7 @@ Command = (
     | Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Study, tyro.conf.subcommand("study")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Submit, tyro.conf.subcommand("submit")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Experts, tyro.conf.subcommand("experts")]

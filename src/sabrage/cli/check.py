@@ -57,6 +57,7 @@ class Check:
             say(f"the data cannot be opened, so its use is not checked: {error}", markup=False)
         else:
             documents = first_batch(recipe, corpus).documents_BT is not None
+            documents |= recipe.budget.evaluation_documents
             verdicts["data"] = check_data(recipe, corpus)
         verdicts["a shrunken copy, fp32, cpu"] = check_model(recipe, documents=documents)
         if self.full:

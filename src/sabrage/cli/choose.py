@@ -1,11 +1,12 @@
 """From what the user typed to things: devices, data folders, tokenizers and the recipe of an earlier run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from sabrage.config import ConfigError, from_json, leaves
+from sabrage.config import ConfigError, from_json, leaves, override
 from sabrage.model.lm import LM
 from sabrage.parts import Tokenizer
 from sabrage.recipe import Recipe
@@ -44,14 +45,16 @@ def newest_run(recipe: str, *, root: Path = Path("runs")) -> RunFolder:
     return RunFolder(max(started, key=lambda path: (started[path], path)))
 
 
-def model_of_run(path: Path, *, device: torch.device) -> tuple[Recipe, LM]:
-    """The recipe of a run and the model of its newest good checkpoint."""
+def model_of_run(path: Path, *, device: torch.device, sets: Iterable[str] = ()) -> tuple[Recipe, LM]:
+    """The recipe of a run, with assignments applied, and the model of its newest good checkpoint."""
     from sabrage.cli.console import say
     from sabrage.generate.text import load_model
 
     folder = RunFolder(path)
     read_run(path)
     recipe = recipe_of_run(path)
+    for assignment in sets:
+        recipe = override(recipe, assignment)
     return recipe, load_model(recipe, folder.checkpoints, device=device, warn=say)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -23,7 +23,8 @@ class Eval:
 
     Try:
       sabrage eval runs/demo-20260101-120000
-      sabrage eval runs/mine --data data/fineweb --length 2048 --device cuda
+      sabrage eval runs/mine --data data/fineweb --length 2048 --device cuda --by-position
+      sabrage eval runs/mine --length 4096 --set model.mixers.0.rotary.factor=4
       sabrage eval runs/mine --text book.txt
       sabrage eval runs/mine --task hellaswag --file hellaswag_val.jsonl
     """
@@ -39,6 +40,12 @@ class Eval:
 
     length: int | None = None
     """Tokens in a row, that is, the longest context; by default as in the run."""
+
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Change a field of the run's recipe that holds no weights: a.b=c, as often as needed."""
+
+    by_position: bool = False
+    """Also tell the loss by the position in the row: what does more context bring?"""
 
     text: Path | None = None
     """Score this text file instead."""
@@ -64,8 +71,8 @@ class Eval:
 
         self.check()
         device = named_device(self.device)
-        recipe, model = model_of_run(self.run_folder, device=device)
-        asked = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
+        recipe, model = model_of_run(self.run_folder, device=device, sets=self.set)
+        asked: dict[str, Any] = {"evaluation_tokens": self.tokens, "evaluation_length": self.length}
         budget = replace(recipe.budget, **{name: value for name, value in asked.items() if value is not None})
         recipe = replace(recipe, budget=budget).validate(probe(device))
         recipe.precision.prepare_alone(model, device)
@@ -87,6 +94,8 @@ class Eval:
             raise ConfigError("got more than one of --data, --text and --task; score one at a time")
         if self.task and self.tokens is not None:
             raise ConfigError("--tokens is for validation and texts; a --task takes --limit questions")
+        if self.task and self.by_position:
+            raise ConfigError("--by-position is for validation and texts, whose tokens are all scored")
         if self.limit is not None and (self.task is None or self.limit < 1):
             raise ConfigError(f"got --limit {self.limit}, allowed: 1 or more questions of a --task")
 
@@ -95,7 +104,8 @@ class Eval:
         from sabrage.cli.console import say
 
         corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
-        loss = mean_loss(recipe, model, corpus.validation, num_targets)
+        end_of_text = corpus.end_of_text if recipe.budget.evaluation_documents else None
+        loss = self.score(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
         say(f"validation loss {loss:.5f} nats a token over {num_targets:,} targets, track {corpus.track}")
         if corpus.tokenizer is not None:
             num_bytes = len(corpus.tokenizer.decode_bytes(corpus.validation[1 : num_targets + 1].tolist()))
@@ -120,9 +130,40 @@ class Eval:
         encoded = encoded[: self.tokens]
         if not encoded:
             raise DataError(f"{self.text}: holds no text; give a file with some")
-        loss = mean_loss(recipe, model, np.array([tokenizer.end_of_text, *encoded]), len(encoded))
+        loss = self.score(recipe, model, np.array([tokenizer.end_of_text, *encoded]), len(encoded))
         say(f"loss {loss:.5f} nats a token, perplexity {math.exp(loss):.3f}, over {len(encoded):,} tokens")
         say(bits_per_byte(loss * len(encoded), len(tokenizer.decode_bytes(encoded))))
+
+    def score(
+        self,
+        recipe: "Recipe",
+        model: "LM",
+        tokens: "np.ndarray",
+        num_targets: int,
+        *,
+        end_of_text: int | None = None,
+    ) -> float:
+        """Nats a token over the first targets of the tokens, (N,), in the recipe's rows and precision."""
+        from sabrage.cli.console import say
+        from sabrage.train.evaluate import Evaluator
+        from sabrage.train.world import World
+
+        evaluator = Evaluator(
+            model,
+            recipe.precision,
+            World(next(model.parameters()).device),
+            tokens,
+            num_targets=num_targets,
+            length=recipe.budget.evaluation_length,
+            batch_tokens=8192,
+            compile=False,
+            end_of_text=end_of_text,
+        )
+        window = recipe.evaluation_window(recipe.plan.steps)
+        if self.by_position:
+            for first, end, loss in evaluator.by_position(window):
+                say(f"positions {first:,} to {end - 1:,}: {loss:.5f} nats a token")
+        return evaluator(window)
 
     def score_task(self, recipe: "Recipe", model: "LM") -> None:
         """The accuracy on HellaSwag, with its standard error."""
@@ -145,24 +186,6 @@ class Eval:
         say(
             f"hellaswag acc_norm {normalised:.4f} +- {error:.4f}, acc {plain:.4f}, {len(answers):,} questions"
         )
-
-
-def mean_loss(recipe: "Recipe", model: "LM", tokens: "np.ndarray", num_targets: int) -> float:
-    """Nats a token over the first targets of the tokens, (N,), in the recipe's rows and precision."""
-    from sabrage.train.evaluate import Evaluator
-    from sabrage.train.world import World
-
-    evaluator = Evaluator(
-        model,
-        recipe.precision,
-        World(next(model.parameters()).device),
-        tokens,
-        num_targets=num_targets,
-        length=recipe.budget.evaluation_length,
-        batch_tokens=8192,
-        compile=False,
-    )
-    return evaluator()
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> str:

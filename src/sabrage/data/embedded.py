@@ -73,6 +73,7 @@ class EmbeddedText(DataSource):
             vocab_size=ByteTokenizer.vocab_size,
             tokenizer=ByteTokenizer(),
             fingerprint=facts,
+            end_of_text=ByteTokenizer.end_of_text,
         )
 
 

@@ -20,7 +20,8 @@ class ShardFolder(DataSource):
     """`*train*.bin` and `*val*.bin` of a folder, in the order of their names.
 
     `num_shards` takes the first training shards only (0: all). `track` "auto" files results under "nocap"
-    when every file is named fineweb_*, else under "own".
+    when every file is named fineweb_*, else under "own". The last token id is taken for the end of text, as
+    GPT-2 and bytes have it.
     """
 
     path: str
@@ -52,7 +53,12 @@ class ShardFolder(DataSource):
             )
         trains = trains[: self.num_shards] if self.num_shards else trains
         shards = open_shards([*trains, *validations], vocab_size=self.vocab_size)
-        validation = shards[len(trains) :]
+        validation, end_of_text = shards[len(trains) :], self.vocab_size - 1
+        if self.order != "stream" and not (shards[0] == end_of_text).any():
+            raise DataError(
+                f"{trains[0]}: holds no end of text (token {end_of_text}), so its documents cannot be told "
+                "apart; use data.order=stream, or encode the text again with `sabrage data text`"
+            )
         is_gpt2 = self.vocab_size == GPT2Tokenizer.vocab_size
         return Corpus(
             track=resolve_track(self.track, [*trains, *validations]),
@@ -64,6 +70,7 @@ class ShardFolder(DataSource):
                 "train": [describe_shard(path) for path in trains],
                 "validation": [describe_shard(path) for path in validations],
             },
+            end_of_text=end_of_text,
         )
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sabrage.parts import DataError, TokenStream
+from sabrage.data.packing import numbered, packed
+from sabrage.parts import DataError, Order, TokenStream
 
 BASELINE_BLOCK_TOKENS = 16 * 1024
 QUEUE_STEPS = 4
@@ -118,10 +119,11 @@ class Loader:
     """Steps of token tensors for one rank, read ahead on one thread.
 
     `shapes` gives (sequence_length, tokens_per_step) by step: a sequence ends the iteration at its end, a
-    function is asked for ever. A step yields (tokens_BT, targets_BT), int64, on `device`; rank r of W gets
-    the r-th of W equal runs of the step's rows. `next_block`, the global index of the first block of the
-    step to come, is the whole state: with `next_step` it resumes the same stream. Without `start_block`
-    it follows from the shapes of the steps before `start_step`.
+    function is asked for ever. A step yields (tokens_BT, targets_BT), int64, on `device`, and in every
+    `order` but "stream" documents_BT, int32, as data/packing.py says; each document begins with
+    `end_of_text`. Rank r of W gets the r-th of W equal runs of the step's rows. `next_block`, the global
+    index of the first block of the step to come, is the whole state: with `next_step` it resumes the same
+    stream. Without `start_block` it follows from the shapes of the steps before `start_step`.
 
     Raises ValueError, on the step that it concerns, for a shape that cannot be cut.
     """
@@ -136,7 +138,11 @@ class Loader:
         start_block: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        order: Order = "stream",
+        end_of_text: int | None = None,
     ) -> None:
+        assert order == "stream" or end_of_text is not None, "documents begin with an end of text"
+        self.order, self.end_of_text = order, end_of_text
         if not 0 <= rank < world_size:
             raise ValueError(f"got rank={rank}, allowed: 0 to {world_size - 1} for world_size={world_size}")
         self.stream, self.rank, self.world_size = stream, rank, world_size
@@ -148,7 +154,7 @@ class Loader:
         if start_block is None:
             start_block = sum(self._num_blocks(step) for step in range(start_step))
         self.next_step, self.next_block = start_step, start_block
-        self._ready: queue.SimpleQueue[tuple[Tensor, Tensor, int] | Exception] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[list[Tensor], int] | Exception] = queue.SimpleQueue()
         self._free = threading.Semaphore(QUEUE_STEPS)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -156,10 +162,10 @@ class Loader:
         )
         self._thread.start()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         if self._closed.is_set():
             raise ValueError("the loader was closed; make a new one with start_step and start_block")
         item = self._ready.get()
@@ -168,10 +174,10 @@ class Loader:
             # An end stays an end, an error an error, however often the consumer asks.
             self._ready.put(item)
             raise item
-        tokens_BT, targets_BT, num_blocks = item
+        tensors, num_blocks = item
         self.next_step += 1
         self.next_block += num_blocks
-        return tokens_BT.to(self.device, non_blocking=True), targets_BT.to(self.device, non_blocking=True)
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def close(self) -> None:
         """Stops the thread, whatever it waits for, and returns when it has ended."""
@@ -200,27 +206,36 @@ class Loader:
                 if self._closed.is_set():
                     return
                 num_blocks = self._num_blocks(number)
-                self._ready.put((*self._read(number, block, num_blocks), num_blocks))
+                self._ready.put((self._read(number, block, num_blocks), num_blocks))
                 block += num_blocks
             self._ready.put(StopIteration())
         except Exception as error:
             # Whatever goes wrong belongs to the consumer, who raises it.
             self._ready.put(error)
 
-    def _read(self, step: int, block: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of one step, (B, T) int64 on the host."""
-        sequence_length = self._shape(step)[0]
+    def _rows(self, block: int, num_blocks: int, sequence_length: int) -> tuple[np.ndarray, ...]:
+        """Inputs, targets and, unless the order is the stream's, documents of a step, each (rows, T)."""
+        if self.order == "documents":
+            blocks_NS = self.stream.rows(block, num_blocks, self.stream.block_tokens)
+            return packed(blocks_NS, sequence_length, self.end_of_text)
         rows = self.stream.rows(block, num_blocks, sequence_length)
-        if len(rows) % self.world_size:
+        pair = rows[:, :-1], rows[:, 1:]
+        return pair if self.order == "stream" else (*pair, numbered(rows[:, :-1], self.end_of_text))
+
+    def _read(self, step: int, block: int, num_blocks: int) -> list[Tensor]:
+        """This rank's share of one step on the host, (B, T) each."""
+        sequence_length = self._shape(step)[0]
+        inputs, *others = self._rows(block, num_blocks, sequence_length)
+        if len(inputs) % self.world_size:
             raise ValueError(
-                f"step {step}: {len(rows)} rows of {sequence_length} tokens cannot be shared by "
+                f"step {step}: {len(inputs)} rows of {sequence_length} tokens cannot be shared by "
                 f"{self.world_size} ranks; use a tokens_per_step that is a multiple of "
                 f"{sequence_length * self.world_size}"
             )
-        share = len(rows) // self.world_size
-        mine = rows[self.rank * share : (self.rank + 1) * share]
-        pinned = self.device.type == "cuda"
-        pair_BT = torch.empty((2, share, sequence_length), dtype=torch.int64, pin_memory=pinned)
-        pair_BT.numpy()[0] = mine[:, :-1]
-        pair_BT.numpy()[1] = mine[:, 1:]
-        return pair_BT[0], pair_BT[1]
+        share = len(inputs) // self.world_size
+        mine, pinned = slice(self.rank * share, (self.rank + 1) * share), self.device.type == "cuda"
+        tensors = []
+        for array, dtype in zip((inputs, *others), (torch.int64, torch.int64, torch.int32), strict=False):
+            tensors.append(torch.empty((share, sequence_length), dtype=dtype, pin_memory=pinned))
+            tensors[-1].numpy()[:] = array[mine]
+        return tensors

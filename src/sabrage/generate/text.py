@@ -52,7 +52,10 @@ def load_newest(
         raise checkpoint.CheckpointError(f"no checkpoint in {checkpoints}; train the run to its end first")
     prefix = f"learner/{name}."
     weights = {key.removeprefix(prefix): t for key, t in saved.tensors.items() if key.startswith(prefix)}
-    missing = module.load_state_dict(weights, strict=False)
+    try:
+        missing = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{saved.path} is of another model: {error}") from error
     if missing.unexpected_keys or set(missing.missing_keys) - spared:
         raise checkpoint.CheckpointError(f"{saved.path} is of another model: {missing}")
 

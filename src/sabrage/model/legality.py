@@ -53,17 +53,22 @@ class Legality:
         return {"passed": self.passed, "checks": [dataclasses.asdict(check) for check in self.checks]}
 
 
-def quick(spec: ModelSpec, *, max_length: int, documents: bool = False) -> Legality:
+def quick(
+    spec: ModelSpec, *, max_length: int, documents: bool = False, window: int | None = None
+) -> Legality:
     """`examine` for a shrunken copy with random weights, in fp32 on the CPU: about a second.
 
-    `max_length` is the longest row that the model is ever given. The random state is left as it was.
+    `max_length` is the longest row that the model is ever given; a `window` is narrowed until it hides
+    something of the short rows. The random state is left as it was.
     """
     threads = torch.get_num_threads()
     # So little work is done sooner by one thread, by far where others compute as well.
     torch.set_num_threads(1)
     try:
         model = scramble(build_model(shrink(spec), seed=0))
-        return examine(model, length=min(border_of(spec) + 8, max_length), documents=documents)
+        length = min(border_of(spec) + 8, max_length)
+        window = None if window is None else min(window, length // 2)
+        return examine(model, length=length, documents=documents, window=window)
     finally:
         torch.set_num_threads(threads)
 
@@ -110,14 +115,20 @@ def scramble(model: LM) -> LM:
 
 
 def examine(
-    model: LM, *, length: int, precision: Precision | None = None, documents: bool = False
+    model: LM,
+    *,
+    length: int,
+    precision: Precision | None = None,
+    documents: bool = False,
+    window: int | None = None,
 ) -> Legality:
     """Tries every property on two sequences of `length` (at least 2) random tokens, on the model's device.
 
     `precision` is that of the matrix products (None: fp32); with `documents` the model claims to keep the
-    documents of a row apart. Weights, mode, buffers and random state are left as they were.
+    documents of a row apart; `window` is the plan's. Weights, mode, buffers and random state are left as they
+    were.
     """
-    subject = Subject(model, length=max(length, 2), precision=precision)
+    subject = Subject(model, length=max(length, 2), precision=precision, window=window)
     was_training = model.training
     leaks: dict[str, list[str | None]] = {}
     for mode in ("eval", "train"):

@@ -7,13 +7,14 @@ by parameter name, and loading it goes on bit for bit.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sabrage.config import ConfigError, nearest
 from sabrage.parts import Knobs, Optimizer, OptimizerGroup
+from sabrage.schedule import Schedule
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -80,15 +81,21 @@ def master(parameter: nn.Parameter) -> nn.Parameter:
 class Member:
     """One optimizer of the run: its part, what the part built, and its parameters.
 
-    `moved` are what the optimizer moves: the parameters themselves, or fp32 masters of narrower ones.
+    `moved` are what the optimizer moves: the parameters themselves, or fp32 masters of narrower ones. `lr` is
+    a schedule of their own.
     """
 
     part: Optimizer
+    lr: Schedule | None
     optimizer: torch.optim.Optimizer
     parameters: NamedParameters
     moved: list[nn.Parameter]
     # True between a step that was not due and the next that is: the gradients must stay.
     waiting: bool = False
+
+    def own(self, knobs: Knobs) -> Knobs:
+        """The knobs with the learning rate of this member's own schedule, if it has one."""
+        return knobs if self.lr is None else replace(knobs, lr=self.lr.at(knobs.step, knobs.steps))
 
     def masters(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         """(name, parameter, fp32 master) of every parameter that has one."""
@@ -124,9 +131,9 @@ class Optimizers:
         *,
         masters: bool = False,
     ) -> None:
-        merged: dict[Optimizer, NamedParameters] = {}
+        merged: dict[tuple[Optimizer, Schedule | None], NamedParameters] = {}
         for group, parameters in assign(groups, named_parameters):
-            merged.setdefault(group.optimizer, []).extend(parameters)
+            merged.setdefault((group.optimizer, group.lr), []).extend(parameters)
         wanted = torch.device(device)
         for name, parameter in (pair for pairs in merged.values() for pair in pairs):
             if parameter.device.type != wanted.type or wanted.index not in (None, parameter.device.index):
@@ -135,10 +142,10 @@ class Optimizers:
                     "move the model before its optimizers are built"
                 )
         self.members = []
-        for part, pairs in merged.items():
+        for (part, lr), pairs in merged.items():
             moved = [master(parameter) if masters else parameter for _, parameter in pairs]
             named = [(name, parameter) for (name, _), parameter in zip(pairs, moved, strict=True)]
-            self.members.append(Member(part, part.build(named), pairs, moved))
+            self.members.append(Member(part, lr, part.build(named), pairs, moved))
 
     def step(self, knobs: Knobs, *, found_inf: Tensor | None = None) -> None:
         """Moves the parameters of every optimizer that is due, with this step's values; no device sync.
@@ -155,7 +162,7 @@ class Optimizers:
                 )
             if member.waiting:
                 continue
-            values = member.part.hyperparameters(knobs)
+            values = member.part.hyperparameters(member.own(knobs))
             for group in member.optimizer.param_groups:
                 assert values.keys() <= group.keys(), (member.part, values)
                 group.update(values)

@@ -16,6 +16,7 @@ from sabrage.report import history
 from sabrage.report.bars import intervals, result_bars, step_bars, wall_bars
 from sabrage.report.curve import Look, Series, draw
 from sabrage.report.difference import recipe_rows
+from sabrage.report.figure import drawn
 from sabrage.report.leaderboard import Entry, Group, leaderboard, make_groups, remarks
 from sabrage.report.sources import Sources, read_sources
 from sabrage.report.tables import cells, source
@@ -203,6 +204,7 @@ def _study(name: str, summary: dict[str, Any] | None) -> dict[str, Any]:
         "zero": zero,
         "intervals": found,
         "race": race if explored else None,
+        "charts": list(drawn(summary)),
         "source": source(summary),
     }
 

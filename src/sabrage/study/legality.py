@@ -30,7 +30,8 @@ LONGEST_FULL = 4096
 
 def check_model(recipe: Recipe, *, documents: bool = False) -> Legality:
     """The quick form: a shrunken copy of the recipe's model, fp32, on the CPU."""
-    return quick(recipe.model, max_length=longest_row(recipe), documents=documents)
+    window = recipe.plan.at(0).window
+    return quick(recipe.model, max_length=longest_row(recipe), documents=documents, window=window)
 
 
 def check_full(
@@ -45,14 +46,15 @@ def check_full(
         model = scramble(build_model(spec, seed=recipe.budget.seed)).to(device)
     recipe.precision.prepare_alone(model, device)
     length = min(longest_row(recipe), LONGEST_FULL)
-    return examine(model, length=length, precision=recipe.precision, documents=documents)
+    window = recipe.plan.at(0).window
+    return examine(model, length=length, precision=recipe.precision, documents=documents, window=window)
 
 
 def check_data(recipe: Recipe, corpus: Corpus) -> Legality:
     """How the recipe's validation is scored and what it trains on."""
     return Legality(
         (
-            check_scoring(recipe, corpus.validation),
+            check_scoring(recipe, corpus.validation, end_of_text=corpus.end_of_text),
             check_targets(first_batch(recipe, corpus)),
             check_unseen(corpus.train, corpus.validation[: recipe.budget.evaluation_tokens]),
         )
@@ -73,6 +75,8 @@ class Witness:
         self.modes: set[bool] = set()
         self.inputs: list[Tensor] = []
         self.targets: list[Tensor] = []
+        self.borders_are_past = True
+        self.end_of_text = -1
         self.head = self
 
     def train(self, mode: bool = True) -> Self:
@@ -83,6 +87,10 @@ class Witness:
         return self.train(False)
 
     def __call__(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        if context.documents_BT is not None:
+            borders_BT = context.documents_BT.diff(dim=1) != 0
+            ends_BT = (tokens_BT == self.end_of_text)[:, 1:]
+            self.borders_are_past &= torch.equal(borders_BT, ends_BT)
         return tokens_BT
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -94,13 +102,20 @@ class Witness:
 
 
 def check_scoring(
-    recipe: Recipe, validation: np.ndarray, *, evaluator: Callable[..., Evaluator] = Evaluator
+    recipe: Recipe,
+    validation: np.ndarray,
+    *,
+    evaluator: Callable[..., Evaluator] = Evaluator,
+    end_of_text: int | None = None,
 ) -> Check:
     """Whether the evaluator scores every validation target once, in order, in eval mode, at equal weight.
 
-    `validation` is (N,) uint16. Raises ValueError when it has fewer tokens than the recipe scores.
+    Documents, where they are kept apart, must begin at the inputs that are `end_of_text`, so that a target
+    does not show in the mask of its own input. `validation` is (N,) uint16. Raises ValueError when it has
+    fewer tokens than the recipe scores.
     """
     witness, count = Witness(), recipe.budget.evaluation_tokens
+    witness.end_of_text = -1 if end_of_text is None else end_of_text
     evaluate = evaluator(
         cast(Any, witness),
         recipe.precision,
@@ -110,6 +125,7 @@ def check_scoring(
         length=recipe.budget.evaluation_length,
         batch_tokens=8192,
         compile=False,
+        end_of_text=end_of_text if recipe.budget.evaluation_documents else None,
     )
     loss = evaluate()
     inputs, targets = (torch.cat(seen).numpy() for seen in (witness.inputs, witness.targets))
@@ -120,6 +136,8 @@ def check_scoring(
         fault = f"the target at {first_difference(targets, validation[1:])} is not the next validation token"
     elif not np.array_equal(inputs, validation[:count]):
         fault = f"the input at {first_difference(inputs, validation)} is not the token before its target"
+    elif not witness.borders_are_past:
+        fault = "documents are told apart by more than the ends of text among the inputs so far"
     elif witness.modes != {False}:
         fault = "the model is scored in train mode"
     elif not abs(loss - targets.mean()) <= 1e-5 * max(1.0, targets.mean()):
@@ -133,9 +151,11 @@ def first_difference(left: np.ndarray, right: np.ndarray) -> int:
 
 
 def check_targets(batch: Batch) -> Check:
-    """Whether every training target is the token after its input, by the inputs of the same row."""
+    """Whether every training target is the token after its input, by the inputs of the same document."""
     tokens_BT, targets_BT = batch.tokens_BT, batch.targets_BT
     wrong = (targets_BT[:, :-1] != tokens_BT[:, 1:]) & (targets_BT[:, :-1] >= 0)
+    if batch.documents_BT is not None:
+        wrong &= batch.documents_BT.diff(dim=1) == 0
     name = "training targets"
     if not wrong.any():
         return Check(name, True, f"each of {wrong.numel():,} is the token after its input")

@@ -127,9 +127,7 @@ def fitted(recipe: Recipe, *, steps: int | None = None, tokens: int | None = Non
         return recipe
     every = recipe.budget.evaluate_every
     every = max(round(every * steps / recipe.plan.steps), min(every, 1))
-    return replace(
-        recipe, plan=recipe.plan.scaled(steps), budget=replace(recipe.budget, evaluate_every=every)
-    )
+    return replace(recipe.scaled(steps), budget=replace(recipe.budget, evaluate_every=every))
 
 
 def sweep(recipe: str, over: Sequence[str], common: Sequence[str] = ()) -> tuple[Variant, ...]:
@@ -156,8 +154,7 @@ def ablation(
     full, bare = parse_variant(recipe, common), parse_variant(base, common)
     whole, least = full.make(), bare.make()
     # At equal steps, so that schedules compare by their shape; tokens are made equal at the end.
-    plan = least.plan.scaled(whole.plan.steps)
-    least = replace(least, plan=plan, budget=whole.budget, runtime=whole.runtime)
+    least = replace(least.scaled(whole.plan.steps), budget=whole.budget, runtime=whole.runtime)
     back, forth = by_owner(changes(whole, least)), by_owner(changes(least, whole))
     if len(back) < 2:
         raise StudyError(

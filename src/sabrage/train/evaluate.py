@@ -1,10 +1,12 @@
 """The fixed metric: mean next-token cross-entropy, in nats, over the first targets of the validation split.
 
 Rows are cut one after another; the last one may be short. Every target is scored exactly once, and the
-result does not depend on the batch size beyond rounding.
+result does not depend on the batch size beyond rounding. Where documents are kept apart, their borders are
+the ends of text among the inputs so far: what comes later decides nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,9 +18,15 @@ from sabrage.parts import Precision
 from sabrage.train.step import compiled
 from sabrage.train.world import World
 
+SHORTEST_STRETCH = 64
+
 
 class Evaluator:
-    """evaluator() -> loss; rows of `length` tokens, `batch_tokens` tokens at a time."""
+    """evaluator(window) -> loss; rows of `length` tokens, `batch_tokens` tokens at a time.
+
+    `windows` are those that it will be asked for, which the warm-up compiles. With `end_of_text` the
+    documents of a row, each of which begins with it, do not see each other.
+    """
 
     def __init__(
         self,
@@ -31,6 +39,8 @@ class Evaluator:
         length: int,
         batch_tokens: int,
         compile: bool,
+        windows: Sequence[int | None] = (None,),
+        end_of_text: int | None = None,
     ) -> None:
         if len(validation) < num_targets + 1:
             raise ValueError(
@@ -40,12 +50,17 @@ class Evaluator:
         self.model, self.precision, self.world = model, precision, world
         self.tokens = validation[: num_targets + 1].astype(np.int64)
         self.num_targets, self.length = num_targets, length
+        self.windows, self.end_of_text = windows, end_of_text
         self.batch_rows = max(min(batch_tokens, num_targets) // length, 1)
         self.score: Callable = compiled(self._score, compile)
 
-    def _score(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def _score(self, tokens_BT: Tensor, targets_BT: Tensor, window: int | None = None) -> Tensor:
+        documents_BT = None
+        if self.end_of_text is not None:
+            documents_BT = (tokens_BT == self.end_of_text).cumsum(1, dtype=torch.int32)
         with self.precision.autocast(self.world.device):
-            return self.model.head.loss(self.model(tokens_BT, Context()), targets_BT)
+            h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT, window=window))
+            return self.model.head.loss(h_BTD, targets_BT)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Equally shaped (tokens_BT, targets_BT); what fills up the last one has targets of -1."""
@@ -58,15 +73,39 @@ class Evaluator:
             inputs, outputs = (torch.from_numpy(array).to(self.world.device) for array in pair)
             yield inputs, outputs
 
+    def __call__(self, window: int | None = None) -> float:
+        return self.total(window) / self.num_targets
+
+    def by_position(self, window: int | None = None) -> list[tuple[int, int, float]]:
+        """(first, end, loss) of the targets at positions from `first` to before `end` of their rows.
+
+        The stretches grow by powers of two, so that it shows what each doubling of the context brings.
+        """
+        longest = min(self.length, self.num_targets)
+        ends = [0, *(SHORTEST_STRETCH << n for n in range(32) if SHORTEST_STRETCH << n < longest), longest]
+        whole, rest = divmod(self.num_targets, self.length)
+        found = []
+        for first, end in pairwise(ends):
+            count = whole * (end - first) + max(min(rest, end) - first, 0)
+            found.append((first, end, self.total(window, slice(first, end)) / count))
+        return found
+
     @torch.no_grad()
-    def __call__(self) -> float:
+    def total(self, window: int | None, positions: slice | None = None) -> float:
+        """The summed loss of all targets, or of those at some positions of their rows."""
         was_training = self.model.training
         self.model.eval()
         sums = [torch.zeros((), device=self.world.device)]
         for index, (tokens_BT, targets_BT) in enumerate(self.batches()):
-            if index % self.world.size == self.world.rank:
-                count = (targets_BT >= 0).sum()
-                sums.append(self.score(tokens_BT, targets_BT).float() * count)
+            if index % self.world.size != self.world.rank:
+                continue
+            if positions is not None:
+                chosen_BT = targets_BT[:, positions]
+                targets_BT = torch.full_like(targets_BT, -1)
+                targets_BT[:, positions] = chosen_BT
+            count = (targets_BT >= 0).sum()
+            loss = self.score(tokens_BT, targets_BT, window).float() * count
+            # The mean over no target is no number.
+            sums.append(loss if positions is None else torch.where(count > 0, loss, 0.0))
         self.model.train(was_training)
-        total = torch.stack(sums).cpu().double().sum().item()
-        return self.world.total(total) / self.num_targets
+        return self.world.total(torch.stack(sums).cpu().double().sum().item())

@@ -11,8 +11,8 @@ from sabrage.config import ConfigError, resolve
 from sabrage.data.embedded import cache_folder
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
-from sabrage.model.legality import quick
-from sabrage.model.lm import build_model
+from sabrage.model.legality import Legality, quick
+from sabrage.model.lm import LM, build_model
 from sabrage.optim.groups import Optimizers
 from sabrage.parts import Batch, Corpus, Knobs
 from sabrage.recipe import Recipe
@@ -62,29 +62,20 @@ def train(
     facts = probe(world.device)
     asked, recipe = recipe, resolve(recipe, facts).validate(facts)
     check_data(recipe, corpus, world)
-    legality = None if resume else quick(asked.model, max_length=longest_row(asked)).require()
+    legality = None if resume else examined(asked)
     clocks = clocks or Clocks()
     compile = recipe.runtime.compile == "on"
     use_compile_cache(compile)
+    allow_graphs(recipe)
 
     learner = build_learner(recipe, world)
     recipe.objective.read(learner.objective, corpus.tokenizer)
-    model = learner.model
     named, masters = learner.named_parameters(), recipe.precision.masters()
     optimizers = Optimizers(recipe.optim, named, world.device, masters=masters)
     session = Session(learner, optimizers)
     micro_tokens = micro_batch_tokens(recipe, facts, size=world.size)
     step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=compile)
-    evaluator = Evaluator(
-        model,
-        recipe.precision,
-        world,
-        corpus.validation,
-        num_targets=recipe.budget.evaluation_tokens,
-        length=recipe.budget.evaluation_length,
-        batch_tokens=micro_tokens,
-        compile=compile,
-    )
+    evaluator = make_evaluator(recipe, learner.model, world, corpus, micro_tokens=micro_tokens)
 
     with Recorder(
         asked, recipe, folder, corpus, world, facts, clocks, legality, tracker=tracker, resume=resume
@@ -93,7 +84,15 @@ def train(
         if compile or facts.kind == "cuda":
             with clocks.phase("warm-up"):
                 stages, vocab_size = recipe.plan.stages(), corpus.vocab_size
-                warm_up(session, step, stages, evaluator, vocab_size=vocab_size, say=recorder.message)
+                warm_up(
+                    session,
+                    step,
+                    stages,
+                    evaluator,
+                    vocab_size=vocab_size,
+                    say=recorder.message,
+                    documents=recipe.data.order != "stream",
+                )
         if resume:
             recorder.restore(session)
         with Interruption() as stop:
@@ -141,8 +140,12 @@ def run_steps(
                     raise TrainingStopped(recorder.not_finite(session.step, values))
                 if evaluating:
                     with clocks.phase("validation"):
-                        loss = evaluator()
+                        window = recipe.evaluation_window(session.step)
+                        loss = evaluator(window)
                     recorder.validated(session.step, loss)
+                    if last and budget.by_position:
+                        with clocks.phase("validation"):
+                            recorder.told_by_position(evaluator.by_position(window))
                 reached = evaluating and recorder.reached(budget.target)
                 if keeping or reached:
                     with clocks.phase("checkpoint"):
@@ -159,6 +162,14 @@ def run_steps(
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after `step` steps."""
     return every > 0 and step % every == 0
+
+
+def examined(recipe: Recipe) -> Legality:
+    """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError."""
+    documents = recipe.data.order != "stream" or recipe.budget.evaluation_documents
+    window = recipe.plan.at(0).window
+    length = longest_row(recipe)
+    return quick(recipe.model, max_length=length, documents=documents, window=window).require()
 
 
 def longest_row(recipe: Recipe) -> int:
@@ -205,6 +216,26 @@ def make_loader(recipe: Recipe, corpus: Corpus, world: World, *, step: int, bloc
         rank=world.rank,
         world_size=world.size,
         device=world.device,
+        order=recipe.data.order,
+        end_of_text=corpus.end_of_text,
+    )
+
+
+def make_evaluator(
+    recipe: Recipe, model: LM, world: World, corpus: Corpus, *, micro_tokens: int
+) -> Evaluator:
+    """The fixed metric of this recipe, in every window that the run will ask for."""
+    return Evaluator(
+        model,
+        recipe.precision,
+        world,
+        corpus.validation,
+        num_targets=recipe.budget.evaluation_tokens,
+        length=recipe.budget.evaluation_length,
+        batch_tokens=micro_tokens,
+        compile=recipe.runtime.compile == "on",
+        windows=recipe.evaluation_windows(),
+        end_of_text=corpus.end_of_text if recipe.budget.evaluation_documents else None,
     )
 
 
@@ -214,22 +245,28 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
     `size` processes share the step. More than 65,536 tokens at once bring no speed (measured on an H200:
     503k, 501k and 504k tokens/s with 32, 64 and 128 rows), and on a CPU more than 8,192 cost cache misses.
     """
-    knobs = max(recipe.plan.stages(), key=lambda knobs: knobs.sequence_length)
+    stages = recipe.plan.stages()
+    length = max(knobs.sequence_length for knobs in stages)
     if recipe.runtime.micro_batch:
-        return recipe.runtime.micro_batch * knobs.sequence_length
+        return recipe.runtime.micro_batch * length
     if facts.kind == "cpu":
-        return max(8192, knobs.sequence_length)
+        return max(8192, length)
     room = facts.memory * recipe.runtime.memory_fraction
     wide = recipe.precision.wide()
-    tokens = min(knobs.tokens_per_step // size, 65_536)
-    while tokens > knobs.sequence_length and (
-        memory_estimate(recipe.model, tokens, objective=recipe.objective, wide=wide) > room
-    ):
+    tokens, objective = min(max(knobs.tokens_per_step for knobs in stages) // size, 65_536), recipe.objective
+    while tokens > length and memory_estimate(recipe.model, tokens, objective=objective, wide=wide) > room:
         tokens //= 2
-    return max(tokens, knobs.sequence_length)
+    return max(tokens, length)
 
 
 def use_compile_cache(wanted: bool) -> None:
     """Keeps compiled graphs between runs, in the cache folder unless torch's own variable names another."""
     if wanted:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
+
+
+def allow_graphs(recipe: Recipe) -> None:
+    """Lets torch keep a graph for every stage of the plan; beyond its own limit it refuses the next one."""
+    wanted = len(recipe.plan.stages()) + len(recipe.evaluation_windows())
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, wanted)

@@ -48,6 +48,7 @@ class Recorder:
         self.facts, self.clocks, self.tracker_name, self.resume = facts, clocks, tracker, resume
         self.validation_loss: float | None = None
         self.at_validation: dict[str, float] = {}
+        self.by_position: list[tuple[int, int, float]] = []
         self.step_seconds: list[float] = []
         self.tokens = 0
         self.last_seconds = 0.0
@@ -127,6 +128,10 @@ class Recorder:
             self.tracker.record(step, {"validation/loss": loss})
             self.progress.validation(step, loss)
 
+    def told_by_position(self, stretches: list[tuple[int, int, float]]) -> None:
+        """Notes the losses of the last validation by the position in the row: (first, end, loss)."""
+        self.by_position = stretches
+
     def reached(self, target: float | None) -> bool:
         """Whether the newest validation loss is at or below the target."""
         return target is not None and self.validation_loss is not None and self.validation_loss <= target
@@ -201,6 +206,7 @@ class Recorder:
                 "seed": self.recipe.budget.seed,
                 "tokens": self.tokens,
                 "validation_loss": self.validation_loss,
+                **({"by_position": self.by_position} if self.by_position else {}),
                 **(self.at_validation or self.clocks.readings()),
                 "tokens_per_second": speed,
                 "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,

@@ -25,19 +25,28 @@ def warm_up(
     *,
     vocab_size: int,
     say: Callable[[str], None],
+    documents: bool = False,
 ) -> int:
-    """Runs every stage's shapes, and the evaluation graph; returns the micro-batch tokens that fit.
+    """Runs every stage's shapes, and the evaluation graphs; returns the micro-batch tokens that fit.
+
+    With `documents` batches say which document each token belongs to, as those of the data will.
 
     When a device runs out of memory the micro-batch is halved on all of them, with a message, and every
     stage is run again. Raises ValueError where a single row does not fit.
     """
     before = {name: tensor.clone() for name, tensor in session.tensors().items()}
     values = session.values()
-    shapes: dict[tuple[int, int], Knobs] = {}
+    shapes: dict[tuple[int | None, ...], Knobs] = {}
     for knobs in stages:
-        shapes.setdefault((knobs.tokens_per_step, knobs.sequence_length), knobs)
-    longest = max(length for _, length in shapes)
-    while large := next((knobs for knobs in shapes.values() if not fits(step, knobs, vocab_size)), None):
+        shapes.setdefault((knobs.tokens_per_step, knobs.sequence_length, knobs.window), knobs)
+    longest = max(knobs.sequence_length for knobs in shapes.values())
+
+    def too_large() -> Knobs | None:
+        """The first shape that does not fit."""
+        tries = (knobs for knobs in shapes.values() if not fits(step, knobs, vocab_size, documents=documents))
+        return next(tries, None)
+
+    while large := too_large():
         halve(step, large, longest=longest, say=say)
     if evaluator is not None:
         evaluator.batch_rows = max(min(evaluator.batch_rows, step.micro_tokens // evaluator.length), 1)
@@ -83,7 +92,7 @@ def halve(step: TrainStep, knobs: Knobs, *, longest: int, say: Callable[[str], N
     )
 
 
-def fits(step: TrainStep, knobs: Knobs, vocab_size: int) -> bool:
+def fits(step: TrainStep, knobs: Knobs, vocab_size: int, *, documents: bool) -> bool:
     """Runs micro-batches and updates as in a step of these knobs; False where memory runs out on any process.
 
     Two micro-batches show all: gradients appear in the first and are added to in the second. Updates are
@@ -95,9 +104,9 @@ def fits(step: TrainStep, knobs: Knobs, vocab_size: int) -> bool:
     rounds = 1 + max(next(n for n in range(1000) if member.part.due(knobs.step + n)) for member in members)
 
     def trial() -> None:
-        tokens_BT = torch.randint(vocab_size, shape, device=step.world.device)
+        batch = made_up(shape, vocab_size, step.world.device, documents=documents)
         for offset in range(rounds):
-            step(Batch(tokens_BT, tokens_BT.roll(-1, 1)), replace(knobs, step=knobs.step + offset))
+            step(batch, replace(knobs, step=knobs.step + offset))
 
     world = step.world
     # Alone, since a process that ran out of memory would not come to the collectives of the others.
@@ -108,12 +117,26 @@ def fits(step: TrainStep, knobs: Knobs, vocab_size: int) -> bool:
         step.world = world
 
 
+def made_up(
+    shape: tuple[int, int], vocab_size: int, device: torch.device, *, documents: bool = False
+) -> Batch:
+    """A batch of random tokens, with `documents` four to a row."""
+    tokens_BT, documents_BT = torch.randint(vocab_size, shape, device=device), None
+    if documents:
+        time_T = torch.arange(shape[1], dtype=torch.int32, device=device)
+        documents_BT = (time_T * 4 // shape[1]).expand(shape).contiguous()
+    return Batch(tokens_BT, tokens_BT.roll(-1, 1), documents_BT)
+
+
 @torch.no_grad()
 def scores(evaluator: Evaluator) -> bool:
-    """Runs the evaluation graph; False where memory runs out on any process."""
+    """Runs the evaluation graphs; False where memory runs out on any process."""
     evaluator.model.eval()
+    batch = next(evaluator.batches())
     try:
-        return enough_memory(lambda: evaluator.score(*next(evaluator.batches())), evaluator.world)
+        return enough_memory(
+            lambda: [evaluator.score(*batch, window) for window in evaluator.windows], evaluator.world
+        )
     finally:
         evaluator.model.train()
 
