@@ -48,6 +48,7 @@ class Cache(Protocol):
 class Context:
     """What a part may know beside its input: absolute positions (None: 0 to T-1), documents, the cache.
 
+    `tokens_BT` is what the model was given, `values_BTD` what the mixer that is called adds to its values.
     `window` is the plan's, as in `Knobs`. In training a part may add terms to the loss with `add_loss`.
     """
 
@@ -55,6 +56,8 @@ class Context:
     documents_BT: Tensor | None = None
     cache: Cache | None = None
     window: int | None = None
+    tokens_BT: Tensor | None = None
+    values_BTD: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     def add_loss(self, name: str, term: Tensor) -> None:
