@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from sabrage.config import ConfigError, nearest, override
 from sabrage.recipe import Recipe
+from sabrage.recipes.architecture import architecture
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.fused import fused
@@ -11,7 +12,8 @@ from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions)
+    recipe.name: recipe
+    for recipe in (nocap, nocap_mini, demo, base, base_adamw, muon, *fused, *precisions, *architecture)
 }
 
 
