@@ -38,8 +38,9 @@ class TokenTable(Embedding):
 class TokenEmbedding(nn.Module):
     """forward(tokens_BT, context) -> x_BTD."""
 
-    def __init__(self, part: TokenTable, *, dim: int, vocab_size: int) -> None:
+    def __init__(self, part: TokenTable | None = None, *, dim: int, vocab_size: int) -> None:
         super().__init__()
+        part = part or TokenTable()
         self.normalise = part.normalise
         self.weight = nn.Linear(dim, vocab_size, bias=False).weight
         with torch.no_grad():

@@ -24,7 +24,7 @@ UNTIED = LinearHead(tied=False, zero_init=True)
 NORMALISED = TokenTable(normalise=True)
 RESCALED = LinearHead(tied=False, zero_init=True, rescale=Rescale())
 SCALARS = OptimizerGroup(
-    pattern=r"embedding\.(scale|gate)|wiring\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)
+    pattern=r"embedding\.(inner\.)*(scale|gate)|wiring\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)
 )
 PAIRS = OptimizerGroup(pattern=r"pairs", optimizer=AdamW(lr=0.02, weight_decay=0.0))
 
