@@ -104,10 +104,14 @@ class Wiring(Part, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Part, ABC):
-    """Tokens to vectors. The module's `forward(tokens_BT, context) -> x_BTD`; `weight_VD` is its table."""
+    """Tokens to vectors: `forward(tokens_BT, context) -> x_BTD`; `weight` is the module's (V, D) table."""
 
     @abstractmethod
     def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
+
+    def streams(self, dim: int) -> dict[str, int]:
+        """Numbers cached per token, with those of layer 0, by stream name; none where tokens stand alone."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +120,11 @@ class Head(Part, ABC):
 
     Targets of -1 are left out of the mean. `losses(h_BTD, targets_BTW, weights_W) -> (weighted total, mean of
     each of W sets of targets)` makes the logits once; a set without a target counts 0. With `tied` the model
-    shares the embedding's table with it.
+    shares the embedding's table with it; with `copied` its own table starts as a copy of that one.
     """
 
     tied: bool = True
+    copied: bool = False
 
     @abstractmethod
     def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...

@@ -53,6 +53,7 @@ def exported(tiny, tmp_path, one_thread):
 VARIANTS = {
     "tied": [],
     "untied": ["model.head.tied=false"],
+    "smeared": ["model.embedding=Smear"],
     "normed and squared": ["model.mixers.0.qk_norm=true", "model.feedforwards.0.activation=relu_squared"],
     "fused": ["model.head=FusedHead", "model.wiring=FusedResidual", "model.head.softcap=15"],
 }

@@ -10,6 +10,7 @@ interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
 )
 CASE = Case("here", {"N": 30, "D": 32, "V": 192, "W": 2}, {"num_real": 180, "softcap": 15.0})
+BOUND = [30.0, 0.0, 7.5]
 
 
 def arguments(dtype: torch.dtype = torch.float32, case: Case = CASE, device: str = "cpu") -> dict:
@@ -48,7 +49,15 @@ def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
     assert losses_W.shape == (2,)
     given = arguments()
     made = head._head(
-        given["h_ND"], given["weight_VD"], given["targets_NW"], given["weights_W"], 15.0, 180, False, 8, False
+        given["h_ND"],
+        given["weight_VD"],
+        given["targets_NW"],
+        given["weights_W"],
+        BOUND,
+        180,
+        False,
+        8,
+        False,
     )
     assert made[2].numel() == made[3].numel() == 0
 
@@ -77,7 +86,7 @@ def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
     for copies in (1, 4):
         tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
         targets_NW = given["targets_NW"][:16].repeat(copies, 1)
-        held.append(head._head(*tokens, targets_NW, given["weights_W"], 15.0, 180, False, 64, True)[2][:16])
+        held.append(head._head(*tokens, targets_NW, given["weights_W"], BOUND, 180, False, 64, True)[2][:16])
     torch.testing.assert_close(*held)
 
 
@@ -107,7 +116,7 @@ def test_autocast_decides_the_products_and_the_weight_keeps_its_dtype() -> None:
 def test_the_registration_of_the_operation_is_sound() -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], 15.0, 180, False, 8, True))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], BOUND, 180, False, 8, True))
 
 
 @interpreted

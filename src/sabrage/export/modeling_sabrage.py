@@ -42,11 +42,13 @@ class SabrageForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = SabrageConfig
     base_model_prefix = "model"
-    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: SabrageConfig) -> None:
         super().__init__(config)
         self.model = LM(config.model_spec())
+        table = self.model.embedding.weight
+        name = next(name for name, weight in self.model.named_parameters() if weight is table)
+        self._tied_weights_keys = {"model.head.weight": f"model.{name}"}
         self.post_init()
 
     @classmethod

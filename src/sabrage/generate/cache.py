@@ -12,9 +12,12 @@ from sabrage.model.lm import ModelSpec
 
 def streams_of(spec: ModelSpec, layer: int) -> dict[str, int]:
     """Widths of what one layer caches per token, by stream name."""
-    mixed, fed = spec.mixer(layer).streams(spec.dim), spec.feedforward(layer).streams(spec.dim)
-    assert not mixed.keys() & fed.keys(), f"layer {layer}: mixer and feed-forward share a stream's name"
-    return mixed | fed
+    parts = [spec.mixer(layer).streams(spec.dim), spec.feedforward(layer).streams(spec.dim)]
+    if layer == 0:
+        parts.append(spec.embedding.streams(spec.dim))
+    pairs = [pair for streams in parts for pair in streams.items()]
+    assert len(dict(pairs)) == len(pairs), f"layer {layer}: two of its parts share a stream's name"
+    return dict(pairs)
 
 
 def upload(host: Tensor, device: Tensor) -> None:

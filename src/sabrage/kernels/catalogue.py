@@ -55,6 +55,7 @@ CROSS_ENTROPY = Operation(
             {"num_real": 250, "softcap": 15.0},
         ),
         Case("strided", {"N": 21, "D": 32, "V": 129, "W": 2}, {"softcap": 5.0}, strided=True),
+        Case("rescaled", {"N": 19, "D": 32, "V": 131, "W": 2}, {"rescale": (23.0, 5.0, 7.5)}),
         Case("empty", {"N": 0, "D": 32, "V": 129, "W": 2}),
         Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),
         Case(

@@ -1,15 +1,18 @@
-"""The cross-entropy head: linear layer, soft-cap and cross-entropy against several target sets, in chunks.
+"""The cross-entropy head: linear layer, bounded logits and cross-entropy against several targets, in chunks.
 
-With z = softcap * tanh(h W^T / softcap) over the real vocabulary and n_w the targets of set w not -1,
+With z = bounded(h W^T) over the real vocabulary and n_w the targets of set w not -1,
 
     total = sum_w weight_w * (1 / n_w) * sum_n (logsumexp(z_n) - z_n[target_nw])
 
 A row's gradient needs only that row: (softmax(z) sum_w c_nw - sum_w c_nw onehot(target_nw))
-times the soft-cap's derivative 1 - (z / softcap)^2, with c_nw = weight_w / n_w. So the forward pass takes a
-chunk of tokens at a time, makes its logits, overwrites them with their gradient and multiplies that into the
-gradients of h and W at once: one chunk of logits is all that ever exists. The backward pass only scales. The
-idea is that of Liger Kernel (Hsu et al. 2024, arXiv 2410.10989); several sets at once serve multi-token
-prediction. Gradients are held times a power of two near N until the end, in the range of fp16 and fp8.
+times the bound's derivative, with c_nw = weight_w / n_w. So the forward pass takes a chunk of tokens at a
+time, makes its logits, overwrites them with their gradient and multiplies that into the gradients of h and W
+at once: one chunk of logits is all that ever exists. The backward pass only scales. The idea is that of Liger
+Kernel (Hsu et al. 2024, arXiv 2410.10989); several sets at once serve multi-token prediction. Gradients are
+held times a power of two near N until the end, in the range of fp16 and fp8.
+
+A bound is a sigmoid, z = height sigmoid((x + shift) / width), dz / dx = z (1 - z / height) / width. Up to a
+constant, which no probability sees, the soft-cap z = c tanh(x / c) is the one of (2 c, 0, c / 2).
 """
 
 # Kernels take pointers, which Python has no types for.
@@ -30,6 +33,14 @@ ROW_MULTIPLE = 64
 BLOCK, NUM_WARPS = 8192, 32
 
 
+def bounded(x_X: Tensor, softcap: float | None, rescale: tuple[float, float, float] | None) -> Tensor:
+    """The logits x, bounded by a soft-cap or a rescale (height, shift, width), or as they are."""
+    if rescale:
+        height, shift, width = rescale
+        return height * torch.sigmoid((x_X + shift) / width)
+    return softcap * torch.tanh(x_X / softcap) if softcap else x_X
+
+
 def cross_entropy_head_reference(
     h_ND: Tensor,
     weight_VD: Tensor,
@@ -37,13 +48,12 @@ def cross_entropy_head_reference(
     *,
     weights_W: Tensor | None = None,
     softcap: float | None = None,
+    rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits at once, softmax in fp32 or wider."""
     raw_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype))[:, : num_real or weight_VD.shape[0]]
-    z_NV = raw_NV.to(torch.promote_types(h_ND.dtype, torch.float32))
-    if softcap:
-        z_NV = softcap * torch.tanh(z_NV / softcap)
+    z_NV = bounded(raw_NV.to(torch.promote_types(h_ND.dtype, torch.float32)), softcap, rescale)
     losses = [
         F.cross_entropy(z_NV, targets_N, ignore_index=-1, reduction="sum")
         / (targets_N >= 0).sum().clamp(min=1)
@@ -61,6 +71,7 @@ def cross_entropy_head(
     *,
     weights_W: Tensor | None = None,
     softcap: float | None = None,
+    rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
     fp8: bool = False,
     chunk_tokens: int = 8192,
@@ -81,12 +92,13 @@ def cross_entropy_head(
     if weights_W is None:
         weights_W = torch.ones(targets_NW.shape[1], device=h_ND.device)
     learns = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
+    bound = rescale or ((2.0 * softcap, 0.0, softcap / 2) if softcap else (0.0, 0.0, 0.0))
     total, losses_W, _, _ = _head(
         h_ND,
         weight_VD,
         targets_NW,
         weights_W.detach().float(),
-        float(softcap or 0),
+        list(bound),
         num_real,
         fp8,
         chunk_tokens,
@@ -117,7 +129,7 @@ def _head(
     weight_VD: Tensor,
     targets_NW: Tensor,
     weights_W: Tensor,
-    softcap: float,
+    bound: list[float],
     num_real: int,
     fp8: bool,
     chunk_tokens: int,
@@ -137,7 +149,7 @@ def _head(
         part = slice(start, start + chunk_tokens)
         h_CD, targets_CW = h_ND[part].contiguous(), targets_NW[part].contiguous()
         logits_CV, narrow_CV = _row_pass(
-            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, softcap, learns
+            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, bound, learns
         )
         if learns:
             products.hidden_gradient(logits_CV, narrow_CV, grad_h_ND[part])
@@ -156,7 +168,7 @@ def _row_pass(
     coefficients_W: Tensor,
     nll_CW: Tensor,
     num_real: int,
-    softcap: float,
+    bound: list[float],
     learns: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
@@ -170,10 +182,10 @@ def _row_pass(
         products.grad_scale,
         nll_CW,
         num_real,
-        softcap,
+        *bound,
         logits_CV.stride(0),
         SETS=targets_CW.shape[1],
-        CAPPED=softcap > 0,
+        BOUNDED=bound[0] > 0,
         LEARNS=learns,
         NARROW=narrow_CV is not None,
         BLOCK=BLOCK,
@@ -294,10 +306,10 @@ def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtyp
 
 
 @jit
-def _capped(raw, softcap, CAPPED: tl.constexpr):
-    if CAPPED:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): saturates cleanly at both ends.
-        raw = softcap - 2 * softcap / (1 + tl.exp(2 * raw / softcap))
+def _bounded(raw, height, shift, width, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        # height / 2 below the sigmoid: no probability sees it, and sums lose less.
+        raw = height / 2 - height / (1 + tl.exp((raw + shift) / width))
     return raw
 
 
@@ -310,10 +322,12 @@ def _rows(
     narrow_scale,
     nll,
     num_real,
-    softcap,
+    height,
+    shift,
+    width,
     stride,
     SETS: tl.constexpr,
-    CAPPED: tl.constexpr,
+    BOUNDED: tl.constexpr,
     LEARNS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -331,8 +345,9 @@ def _rows(
             other=-float("inf"),
             eviction_policy="evict_last",
         ).to(tl.float32)
-        # A capped -inf would be -softcap: masked lanes are put out after capping.
-        z = tl.where(start + columns < num_real, _capped(raw, softcap, CAPPED), -float("inf"))
+        # A bounded -inf would be 0: masked lanes are put out afterwards.
+        z = _bounded(raw, height, shift, width, BOUNDED)
+        z = tl.where(start + columns < num_real, z, -float("inf"))
         new = tl.maximum(largest, tl.max(z, 0))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
         largest = new
@@ -342,7 +357,7 @@ def _rows(
         target = tl.load(targets + row * SETS + index)
         inside = (target >= 0) & (target < num_real)
         raw = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
-        loss = lse - _capped(raw, softcap, CAPPED)
+        loss = lse - _bounded(raw, height, shift, width, BOUNDED)
         tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, loss))
         coefficient = tl.load(coefficients + index)
         weight += tl.where(target < 0, 0.0, coefficient)
@@ -352,14 +367,14 @@ def _rows(
         for start in range(0, stride, BLOCK):
             real = start + columns < num_real
             again = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_first")
-            capped = _capped(again.to(tl.float32), softcap, CAPPED)
-            grad = weight * tl.exp(capped - lse)
+            z = _bounded(again.to(tl.float32), height, shift, width, BOUNDED)
+            grad = weight * tl.exp(z - lse)
             for index in tl.static_range(SETS):
                 target = tl.load(targets + row * SETS + index)
                 coefficient = tl.load(coefficients + index)
                 grad -= tl.where(start + columns == target, coefficient, 0.0)
-            if CAPPED:
-                grad *= 1 - (capped / softcap) * (capped / softcap)
+            if BOUNDED:
+                grad *= (height / 2 - z) * (height / 2 + z) / (height * width)
             grad = tl.where(real, grad, 0.0)
             tl.store(base + start + columns, grad.to(logits.dtype.element_ty), mask=start + columns < stride)
             if NARROW:

@@ -132,10 +132,12 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "narrow_scale": "*fp32",
         "nll": "*fp32",
         "num_real": "i32",
-        "softcap": "fp32",
+        "height": "fp32",
+        "shift": "fp32",
+        "width": "fp32",
         "stride": "i32:16",
     }
-    constants = {"SETS": 2, "CAPPED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
+    constants = {"SETS": 2, "BOUNDED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
     builds = [
         Build(
             "cross-entropy rows",

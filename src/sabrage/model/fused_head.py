@@ -1,37 +1,26 @@
-"""A head whose cross-entropy never holds all logits at once; see `sabrage.kernels.cross_entropy`.
-
-logits z = h W^T, with a soft-cap z <- c tanh(z / c) where one is given (Gemma 2, arXiv 2408.00118).
-"""
+"""A head whose cross-entropy never holds all logits at once; see `sabrage.kernels.cross_entropy`."""
 
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
-from sabrage.model.ends import Projection
-from sabrage.parts import Head
+from sabrage.model.ends import Projection, TableHead
 from sabrage.run.device import DeviceFacts
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedHead(Head):
+class FusedHead(TableHead):
     """`LinearHead` with the loss in chunks of tokens: equal up to rounding, in a fraction of the memory.
 
     `fp8` runs the logits and the hidden gradient as FP8 products, in training only: a scale taken from a
     whole tensor lets every token see a little of all others.
     """
 
-    softcap: float | None = None
     fp8: bool = False
     backend: KernelBackend = "auto"
-
-    def problems(self) -> list[str]:
-        if self.softcap is not None and self.softcap <= 0:
-            return [f"softcap={self.softcap} must be above 0, or none"]
-        return []
 
     def refusal(self, facts: DeviceFacts) -> str | None:
         if self.fp8 and not (facts.has_fp8 and choose_kernel(self.backend, facts) == "triton"):
@@ -47,9 +36,6 @@ class FusedHead(Head):
     def build(self, *, dim: int, vocab_size: int) -> nn.Module:
         return FusedProjection(self, dim=dim, vocab_size=vocab_size)
 
-    def flops(self, dim: int, vocab_size: int) -> int:
-        return 2 * dim * vocab_size
-
 
 class FusedProjection(Projection):
     """The module of `FusedHead`; its loss reads the weight itself."""
@@ -57,15 +43,8 @@ class FusedProjection(Projection):
     replaceable = False
 
     def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
-        super().__init__(dim=dim, vocab_size=vocab_size)
-        self.softcap, self.fp8, self.fused = part.softcap, part.fp8, part.backend == "triton"
-
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        """Logits over the vocabulary, (..., V)."""
-        logits_BTV = super().forward(h_BTD)
-        if self.softcap is None:
-            return logits_BTV
-        return self.softcap * torch.tanh(logits_BTV.float() / self.softcap)
+        super().__init__(part, dim=dim, vocab_size=vocab_size)
+        self.fp8, self.fused = part.fp8, part.backend == "triton"
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that are not -1."""
@@ -82,8 +61,14 @@ class FusedProjection(Projection):
                 targets_NW,
                 weights_W=weights_W,
                 softcap=self.softcap,
+                rescale=self.rescale,
                 fp8=self.fp8 and self.training,
             )
         return cross_entropy_head_reference(
-            h_ND, self.weight, targets_NW, weights_W=weights_W, softcap=self.softcap
+            h_ND,
+            self.weight,
+            targets_NW,
+            weights_W=weights_W,
+            softcap=self.softcap,
+            rescale=self.rescale,
         )

@@ -105,10 +105,14 @@ class LM(nn.Module):
             self.head = spec.head.build(dim=spec.dim, vocab_size=spec.vocab_size)
         if spec.head.tied:
             self.head.weight = self.embedding.weight
+        elif spec.head.copied:
+            with torch.no_grad():
+                self.head.weight.copy_(self.embedding.weight)
 
     def forward(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
         """Hidden states ready for the head, h_BTD."""
         context = context or Context()
+        context.tokens_BT = tokens_BT
         x_BTD = self.embedding(tokens_BT, context)
         return self.wiring(x_BTD, self.blocks, context)
 

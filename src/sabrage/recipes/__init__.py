@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from sabrage.config import ConfigError, nearest, override
 from sabrage.recipe import Recipe
+from sabrage.recipes.architecture import architecture
 from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
@@ -22,6 +23,7 @@ GROUPS = (
     experts,
     multi_token,
     latent,
+    architecture,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 

@@ -48,10 +48,14 @@ class ResidualStream(nn.Module):
 
     def forward(self, x_BTD: Tensor, blocks: Iterable[Any], context: Context) -> Tensor:
         for block in blocks:
-            mixed_BTD = self.drop(block.mixer(rms_norm(x_BTD, eps=self.eps), context))
-            x_BTD = x_BTD + (mixed_BTD if self.mixer_scale == 1.0 else self.mixer_scale * mixed_BTD)
-            x_BTD = x_BTD + self.drop(block.feedforward(rms_norm(x_BTD, eps=self.eps), context))
+            x_BTD = self.layer(x_BTD, block, context)
         return rms_norm(x_BTD, eps=self.eps)
+
+    def layer(self, x_BTD: Tensor, block: Any, context: Context) -> Tensor:
+        """The stream after one block."""
+        mixed_BTD = self.drop(block.mixer(rms_norm(x_BTD, eps=self.eps), context))
+        x_BTD = x_BTD + (mixed_BTD if self.mixer_scale == 1.0 else self.mixer_scale * mixed_BTD)
+        return x_BTD + self.drop(block.feedforward(rms_norm(x_BTD, eps=self.eps), context))
 
     def drop(self, y_BTD: Tensor) -> Tensor:
         """The branch after dropout."""

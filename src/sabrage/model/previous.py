@@ -1,0 +1,147 @@
+"""Embeddings that also look one token back: `Smear` by its vector, `BigramHash` by the pair of tokens.
+
+Each wraps another embedding and starts as that one, bit for bit. The first token of a sequence and of a
+document has none before it. What a token has to know of the one before is a stream of the cache of layer 0.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sabrage.context import Context
+from sabrage.model.ends import TokenTable
+from sabrage.parts import Embedding
+
+# A gate reads this many of a token's numbers.
+GATE_WIDTH = 12
+
+
+def one_back(x_BTX: Tensor, context: Context, *, stream: str) -> Tensor:
+    """Each token's predecessor in x, zeros where it has none; in decoding by way of the cache's stream."""
+    if context.cache is None:
+        before_BTX = F.pad(x_BTX[:, :-1], (0, 0, 1, 0))
+        if context.documents_BT is None:
+            return before_BTX
+        first_BT = context.documents_BT != context.documents_BT.roll(1, 1)
+        return before_BTX.masked_fill(first_BT[..., None], 0)
+    assert context.positions_BT is not None, "decoding needs the positions of its tokens"
+    assert context.documents_BT is None, "a cache knows no documents"
+    entries_BSX = context.cache.extend(0, **{stream: x_BTX})[stream]
+    places_BT = context.positions_BT.expand(x_BTX.shape[:2]) - 1
+    before_BTX = entries_BSX.gather(1, places_BT.clamp(min=0)[..., None].expand_as(x_BTX))
+    return before_BTX.masked_fill(places_BT[..., None] < 0, 0).to(x_BTX.dtype)
+
+
+class Wrapped(nn.Module):
+    """An embedding around another, whose table is its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The token table, (V, D)."""
+        table = self.inner.weight
+        assert isinstance(table, nn.Parameter)
+        return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smear(Embedding):
+    """x_t <- x_t + s sigmoid(w . x_t[:12]) x_(t-1), the scalar s starting at `start` and w at zero.
+
+    From modded-nanogpt. It caches D numbers a token.
+    """
+
+    inner: Embedding = field(default_factory=TokenTable)
+    start: float = 0.0
+
+    def streams(self, dim: int) -> dict[str, int]:
+        return self.inner.streams(dim) | {"smeared": dim}
+
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module:
+        return SmearedEmbedding(self, dim=dim, vocab_size=vocab_size)
+
+
+class SmearedEmbedding(Wrapped):
+    """The module of `Smear`."""
+
+    def __init__(self, part: Smear, *, dim: int, vocab_size: int) -> None:
+        super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
+        self.scale = nn.Parameter(torch.full((1,), part.start))
+        self.gate_D = nn.Parameter(torch.zeros(min(GATE_WIDTH, dim)))
+
+    def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        x_BTD = self.inner(tokens_BT, context)
+        opened_BT1 = torch.sigmoid((x_BTD[..., : len(self.gate_D)] * self.gate_D).sum(-1, keepdim=True))
+        return x_BTD + self.scale * opened_BT1 * one_back(x_BTD, context, stream="smeared")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramHash(Embedding):
+    """x_t <- x_t + sign(h) * table[h mod rows], h = hash(token t-1, token t), the table starting at zero.
+
+    The signs, one a number and drawn by the hash, make pairs that share a row push it in directions of their
+    own, so that they average out ("the hashing trick", Chen et al. 2015, arXiv 1504.04788). `width` numbers
+    are added to the first of x; 0 means all of them. The hashed table is modded-nanogpt's, with five rows a
+    token of the vocabulary. It caches two numbers a token.
+    """
+
+    inner: Embedding = field(default_factory=TokenTable)
+    rows: int = 262_144
+    width: int = 0
+
+    def problems(self) -> list[str]:
+        found = [] if self.rows >= 1 else [f"rows={self.rows} must be at least 1"]
+        return found if self.width >= 0 else [*found, f"width={self.width} must be at least 0 (0: all)"]
+
+    def streams(self, dim: int) -> dict[str, int]:
+        return self.inner.streams(dim) | {"token": 2}
+
+    def build(self, *, dim: int, vocab_size: int) -> nn.Module:
+        if self.width > dim:
+            raise ValueError(f"width={self.width} is more than dim={dim}; use {dim} or less, or 0 for all")
+        if vocab_size >= DIGIT**2:
+            raise ValueError(f"a vocabulary of {vocab_size} tokens; BigramHash takes up to {DIGIT**2 - 1}")
+        return BigramEmbedding(self, dim=dim, vocab_size=vocab_size)
+
+
+class BigramEmbedding(Wrapped):
+    """The module of `BigramHash`."""
+
+    def __init__(self, part: BigramHash, *, dim: int, vocab_size: int) -> None:
+        super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
+        self.pairs_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
+
+    def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        x_BTD = self.inner(tokens_BT, context)
+        rows, width = self.pairs_RD.shape
+        # Two digits are exact in a cache of any format, and no token is 0.
+        digits_BT2 = torch.stack(((tokens_BT + 1) // DIGIT, (tokens_BT + 1) % DIGIT), -1).float()
+        before_BT2 = one_back(digits_BT2, context, stream="token").long()
+        hash_BT = scramble((before_BT2[..., 0] * DIGIT + before_BT2[..., 1]) * DIGIT**2 + tokens_BT)
+        numbers_D = torch.arange(1, 1 + width, device=tokens_BT.device)
+        negative_BTD = scramble(hash_BT[..., None] + GOLDEN * numbers_D) < 0
+        pair_BTD = F.embedding(hash_BT % rows, self.pairs_RD)
+        signed_BTD = torch.where(negative_BTD, -pair_BTD, pair_BTD)
+        return x_BTD + F.pad(signed_BTD, (0, x_BTD.shape[-1] - width))
+
+
+DIGIT = 256
+# Odd numbers of 64 bits, written as the negative ones that they are in two's complement.
+GOLDEN, MIXER = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
+
+
+def scramble(x: Tensor) -> Tensor:
+    """int64 to int64, one to one, every bit of the result depending on all (the finaliser of MurmurHash3)."""
+    for _ in range(2):
+        x = fold(x) * MIXER
+    return fold(x)
+
+
+def fold(x: Tensor) -> Tensor:
+    """x with its upper bits laid over the lower; torch's own shift would copy the sign into them."""
+    return x ^ ((x >> 33) & (2**31 - 1))

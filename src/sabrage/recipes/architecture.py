@@ -1,0 +1,88 @@
+"""Architecture parts on the study base, one a recipe: embeddings, heads and skips.
+
+Scalars and gates get AdamW with a rate of their own and no decay, which would pull a scale of 1 to 0. A table
+of pairs or of values moves only where its tokens occur, so it gets a higher rate and no decay either.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from sabrage.model.ends import LinearHead, Rescale, TokenTable
+from sabrage.model.previous import BigramHash, Smear
+from sabrage.optim.adamw import AdamW
+from sabrage.optim.tied_adamw import TiedAdamW
+from sabrage.parts import OptimizerGroup
+from sabrage.recipe import Recipe
+from sabrage.recipes.base import base
+from sabrage.wiring.dense_skips import DenseSkips
+from sabrage.wiring.layer_skips import LayerSkips
+from sabrage.wiring.residual import Residual
+from sabrage.wiring.skip_scales import SkipScales
+from sabrage.wiring.skips import Skip, Skipping
+
+UNTIED = LinearHead(tied=False, zero_init=True)
+NORMALISED = TokenTable(normalise=True)
+RESCALED = LinearHead(tied=False, zero_init=True, rescale=Rescale())
+SCALARS = OptimizerGroup(
+    pattern=r"embedding\.(inner\.)*(scale|gate)|wiring\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)
+)
+PAIRS = OptimizerGroup(pattern=r"pairs", optimizer=AdamW(lr=0.02, weight_decay=0.0))
+
+
+def _variant(name: str, summary: str, *groups: OptimizerGroup, **changes: Any) -> Recipe:
+    optim = (*groups, *base.optim)
+    return replace(base, name=name, summary=summary, model=replace(base.model, **changes), optim=optim)
+
+
+def _skips(*skips: Skip) -> Skipping:
+    return Skipping(residual=Residual(mixer_scale="depth"), skips=skips)
+
+
+tied_then_untied = replace(
+    _variant(
+        "tied-then-untied",
+        "base whose head leaves the table at two thirds of the run",
+        head=LinearHead(tied=False, copied=True),
+    ),
+    optim=(
+        base.optim[0],
+        OptimizerGroup(pattern=".*", optimizer=TiedAdamW(until=240, adamw=AdamW(lr=0.0018))),
+    ),
+)
+
+architecture = (
+    _variant("norm-embedding", "base with token vectors normalised", embedding=NORMALISED),
+    _variant("untied", "base with a head of its own, from zero", head=UNTIED),
+    _variant(
+        "ends",
+        "base with both: normalised token vectors and an untied head",
+        embedding=NORMALISED,
+        head=UNTIED,
+    ),
+    tied_then_untied,
+    _variant("softcap", "base with logits capped at 15", head=LinearHead(softcap=15.0)),
+    _variant(
+        "logit-rescale", "ends with logits of 23 sigmoid((x + 5) / 7.5)", embedding=NORMALISED, head=RESCALED
+    ),
+    _variant("smear", "base with a gated share of the token before", SCALARS, embedding=Smear()),
+    _variant("bigram", "base with a hashed table of token pairs", PAIRS, embedding=BigramHash()),
+    _variant(
+        "skip-scales",
+        "base with learned residual and embedding-skip scales",
+        SCALARS,
+        wiring=_skips(SkipScales()),
+    ),
+    _variant("unet", "base with U-net skips", SCALARS, wiring=_skips(LayerSkips())),
+    _variant(
+        "dense-skips",
+        "base with learned sums of all states after every fourth layer",
+        SCALARS,
+        wiring=_skips(DenseSkips(period=4)),
+    ),
+    _variant(
+        "dynamic-dense",
+        "the same with weights that depend on the token",
+        SCALARS,
+        wiring=_skips(DenseSkips(dynamic=True, period=4)),
+    ),
+)

@@ -1,0 +1,37 @@
+"""Learned residual and embedding-skip scales: layer l reads a_l x + b_l s_0 (modded-nanogpt, nanochat)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sabrage.wiring.skips import Skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipScales(Skip):
+    """Two scalars a layer, which start at `residual` and `embedding`: at 1 and 0 they change nothing.
+
+    The head reads x as it is.
+    """
+
+    residual: float = 1.0
+    embedding: float = 0.0
+
+    def build(self, *, dim: int, num_layers: int) -> nn.Module:
+        return Scales(self, num_layers=num_layers)
+
+
+class Scales(nn.Module):
+    """The module of `SkipScales`: forward(x_BTD, states) -> x_BTD."""
+
+    def __init__(self, part: SkipScales, *, num_layers: int) -> None:
+        super().__init__()
+        self.residual_L = nn.Parameter(torch.full((num_layers,), part.residual))
+        self.embedding_L = nn.Parameter(torch.full((num_layers,), part.embedding))
+
+    def forward(self, x_BTD: Tensor, states: list[Tensor]) -> Tensor:
+        layer = len(states) - 1
+        if layer == len(self.residual_L):
+            return x_BTD
+        return self.residual_L[layer] * x_BTD + self.embedding_L[layer] * states[0]

@@ -1,0 +1,124 @@
+"""Value embeddings reach the mixers that ask for them, gated, and start as nothing."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from contracts import CONTRACT, build, draw_tokens, shrink
+from torch import nn
+
+from sabrage.context import Context
+from sabrage.model.lm import build_model
+from sabrage.norms import rms_norm
+from sabrage.parts import Mixer
+from sabrage.recipes import find
+from sabrage.wiring.residual import Residual
+from sabrage.wiring.skip_scales import SkipScales
+from sabrage.wiring.skips import Skipping
+from sabrage.wiring.value_embeddings import ValueEmbeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumOfValues(Mixer):
+    """The sum of the values so far in the document, a value being the input and what the context adds."""
+
+    def build(self, *, dim, layer):
+        return Sum(layer)
+
+    def streams(self, dim):
+        return {"value": dim}
+
+    def flops(self, dim, sequence_length):
+        return 0
+
+
+class Sum(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_BTD, context):
+        v_BSD = x_BTD if context.values_BTD is None else x_BTD + context.values_BTD
+        if context.cache is not None:
+            v_BSD = context.cache.extend(self.layer, value=v_BSD)["value"]
+        length = v_BSD.shape[1]
+        mask_BTS = torch.ones(length, length).tril()[None]
+        if context.cache is not None:
+            mask_BTS = mask_BTS[0][context.positions_BT]
+        if context.documents_BT is not None:
+            mask_BTS = mask_BTS * (context.documents_BT[:, :, None] == context.documents_BT[:, None])
+        return mask_BTS @ v_BSD / 64
+
+
+def spec(wiring, *, layers=4):
+    return replace(shrink(find("nocap")).model, layers=layers, mixers=(SumOfValues(),), wiring=wiring)
+
+
+INNER = Skipping(residual=Residual(mixer_scale="depth"), skips=(SkipScales(),))
+
+
+@pytest.mark.parametrize("inner", [Residual(), INNER])
+def test_value_embeddings_start_as_the_wiring_they_wrap_bit_for_bit(inner):
+    plain, valued = (
+        build_model(spec(wiring), seed=0)
+        for wiring in (inner, ValueEmbeddings(inner=inner, tables=2, gates=4))
+    )
+    tokens_BT = draw_tokens(plain)
+    logits = valued.logits(tokens_BT)
+    assert torch.equal(logits, plain.logits(tokens_BT))
+    logits.square().sum().backward()
+    assert all(table.grad.any() for table in valued.wiring.tables)
+
+
+def test_a_layer_with_a_table_adds_the_tokens_row_gated_by_its_own_input():
+    wiring = ValueEmbeddings(tables=1, gates=4)
+    model, plain = build(spec(wiring, layers=2)), spec(Residual(), layers=2)
+    tokens_BT, seen = draw_tokens(model), []
+    for block in model.blocks:
+        block.mixer.register_forward_pre_hook(
+            lambda module, given: seen.append((given[0], given[1].values_BTD))
+        )
+    context = Context()
+    model(tokens_BT, context)
+    assert context.values_BTD is None, "nothing is left for whoever comes after"
+    first_x_BTD, first_BTD = seen[0]
+    torch.testing.assert_close(first_x_BTD, rms_norm(model.embedding.weight[tokens_BT]))
+    gates_BTH = 2 * torch.sigmoid(first_x_BTD[..., :12] @ model.wiring.gates["0"].T)
+    expected = model.wiring.tables[0][tokens_BT] * gates_BTH.repeat_interleave(16, dim=-1)
+    torch.testing.assert_close(first_BTD, expected)
+    assert len(build_model(plain, seed=0).state_dict()) < len(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("tables", "layers", "expected"),
+    [(1, 2, {0: 0, 1: 0}), (3, 12, {0: 0, 1: 1, 2: 2, 9: 0, 10: 1, 11: 2}), (2, 5, {0: 0, 1: 1, 3: 0, 4: 1})],
+)
+def test_the_first_layers_and_the_last_share_the_tables(tables, layers, expected):
+    assert ValueEmbeddings(tables=tables).layers(layers) == expected
+    model = build_model(spec(ValueEmbeddings(tables=tables, gates=1), layers=layers), seed=0)
+    with_values = []
+    for layer, block in enumerate(model.blocks):
+        block.mixer.register_forward_pre_hook(
+            lambda module, given, layer=layer: (
+                with_values.append(layer) if given[1].values_BTD is not None else None
+            )
+        )
+    model(draw_tokens(model))
+    assert with_values == sorted(expected)
+
+
+@pytest.mark.parametrize("check", CONTRACT)
+def test_a_model_with_value_embeddings_keeps_the_contract(check):
+    CONTRACT[check](build(spec(ValueEmbeddings(inner=INNER, tables=1, gates=4), layers=3)))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (ValueEmbeddings(tables=3, gates=1), "use 2 or fewer"),
+        (ValueEmbeddings(tables=1, gates=7), "gates=7 does not"),
+    ],
+)
+def test_tables_and_gates_that_do_not_fit_are_refused(part, said):
+    with pytest.raises(ValueError, match=said):
+        part.build(dim=64, num_layers=4, vocab_size=5)
