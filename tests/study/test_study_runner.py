@@ -84,7 +84,7 @@ def stop_when_saved(folder):
     left = [signal.SIGTERM]
 
     def watch():
-        if left and list(folder.rglob("step-*")):
+        if left and list(folder.rglob("step-00000001")):
             os.kill(os.getpid(), left.pop())
 
     return watch
