@@ -32,6 +32,8 @@ TINY = {
     "kv_rank": 24,
     "rows": 500,
     "period": 1,
+    "tables": 1,
+    "gates": 2,
 }
 
 

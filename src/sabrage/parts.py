@@ -62,6 +62,10 @@ class Mixer(Part, ABC):
     def build(self, *, dim: int, layer: int) -> nn.Module:
         """The module of one layer; its index is only for the cache and for per-layer patterns."""
 
+    def takes_values(self) -> bool:
+        """Whether the module adds `Context.values_BTD` to its values."""
+        return False
+
     @abstractmethod
     def streams(self, dim: int) -> dict[str, int]:
         """Numbers cached per token and layer, by stream name."""
@@ -97,6 +101,10 @@ class Wiring(Part, ABC):
 
     A block has `mixer` and `feedforward`; what comes out is normalised, ready for the head.
     """
+
+    def gives_values(self) -> bool:
+        """Whether it sets `Context.values_BTD` for its mixers."""
+        return False
 
     @abstractmethod
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module: ...

@@ -31,6 +31,9 @@ class SumOfValues(Mixer):
     def flops(self, dim, sequence_length):
         return 0
 
+    def takes_values(self):
+        return True
+
 
 class Sum(nn.Module):
     def __init__(self, layer):
@@ -122,3 +125,11 @@ def test_a_model_with_value_embeddings_keeps_the_contract(check):
 def test_tables_and_gates_that_do_not_fit_are_refused(part, said):
     with pytest.raises(ValueError, match=said):
         part.build(dim=64, num_layers=4, vocab_size=5)
+
+
+def test_mixers_that_take_no_values_are_refused_by_name():
+    wiring = ValueEmbeddings(tables=1, gates=4)
+    shared = replace(shrink(find("gqa")).model, wiring=wiring)
+    assert any(problem.startswith("model.mixers.0 takes no values") for problem in shared.problems())
+    plain = replace(shrink(find("base")).model, wiring=wiring)
+    assert plain.problems() == []

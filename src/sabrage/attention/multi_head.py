@@ -109,6 +109,9 @@ class MultiHead(Mixer):
     def width(self, facts: DeviceFacts) -> int | None:
         return facts.dim // self.heads if facts.dim and self.heads else None
 
+    def takes_values(self) -> bool:
+        return not self.kv_heads
+
     def streams(self, dim: int) -> dict[str, int]:
         width = dim // self.heads * self.groups
         return {"key": width, "value": width}
@@ -183,6 +186,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         part = self.part
         q, k, v = self.turned(x_BTD, context)
+        if context.values_BTD is not None:
+            v = v + context.values_BTD.to(v.dtype).view_as(v)
         window = part.window_of(context)
         if context.cache is not None:
             new = {"key": k.flatten(2), "value": v.flatten(2)}

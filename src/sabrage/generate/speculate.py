@@ -59,6 +59,11 @@ def load_drafter(
             f"speculation needs a module that drafts, and the run's objective {type(objective).__name__} has "
             "none; decode plainly, or train one that has, such as: sabrage train mtp-sequential"
         )
+    if spec.embedding.streams(spec.dim):
+        name = type(spec.embedding).__name__
+        raise ConfigError(
+            f"speculation needs an embedding of single tokens, and {name} looks at earlier ones; decode plainly"
+        )
     module = objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
     load_newest(module, "objective", checkpoints, warn=warn)
     mixers, feedforwards = zip(*blocks, strict=True)

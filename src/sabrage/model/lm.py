@@ -37,6 +37,13 @@ class ModelSpec(Part):
         for name in ("mixers", "feedforwards"):
             if not 1 <= len(getattr(self, name)) <= max(self.layers, 1):
                 found.append(f"model.{name} has {len(getattr(self, name))} items, allowed: 1 to layers")
+        if self.wiring.gives_values():
+            found += [
+                f"model.mixers.{index} takes no values from model.wiring; use MultiHead with kv_heads=0, or "
+                "another wiring"
+                for index, mixer in enumerate(self.mixers)
+                if not mixer.takes_values()
+            ]
         return found or self.unbuildable()
 
     def unbuildable(self) -> list[str]:

@@ -19,6 +19,7 @@ from sabrage.wiring.layer_skips import LayerSkips
 from sabrage.wiring.residual import Residual
 from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skip, Skipping
+from sabrage.wiring.value_embeddings import ValueEmbeddings
 
 UNTIED = LinearHead(tied=False, zero_init=True)
 NORMALISED = TokenTable(normalise=True)
@@ -50,7 +51,16 @@ tied_then_untied = replace(
     ),
 )
 
+VALUES = OptimizerGroup(pattern=r"wiring\.tables", optimizer=AdamW(lr=0.02, weight_decay=0.0))
+
 architecture = (
+    _variant(
+        "value-embeddings",
+        "base with three gated value tables, each for a layer at either end",
+        VALUES,
+        SCALARS,
+        wiring=ValueEmbeddings(inner=Residual(mixer_scale="depth")),
+    ),
     _variant("norm-embedding", "base with token vectors normalised", embedding=NORMALISED),
     _variant("untied", "base with a head of its own, from zero", head=UNTIED),
     _variant(

@@ -44,6 +44,9 @@ class ValueEmbeddings(Wiring):
         first = {layer: layer for layer in range(self.tables)}
         return first | {num_layers - self.tables + table: table for table in range(self.tables)}
 
+    def gives_values(self) -> bool:
+        return True
+
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module:
         if 2 * self.tables > num_layers:
             raise ValueError(
