@@ -62,7 +62,7 @@ def load_drafter(
     if spec.embedding.streams(spec.dim):
         name = type(spec.embedding).__name__
         raise ConfigError(
-            f"speculation needs an embedding of single tokens, and {name} looks at earlier ones; decode plainly"
+            f"speculation needs an embedding of single tokens, and {name} looks back; decode plainly"
         )
     module = objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
     load_newest(module, "objective", checkpoints, warn=warn)
