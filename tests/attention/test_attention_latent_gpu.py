@@ -28,9 +28,9 @@ LATENTS, POOLS = ["mla", "mla-small"], ["pool-mean", "pool-max", "pool-reservoir
 DIM = 768
 
 
-def build_mixer(name, **changes):
+def build_mixer(name, *, products="bf16", **changes):
     """The recipe's mixer at its own width, its output projection not zero, as this device runs it in bf16."""
-    part = resolve(find(name).model.mixers[0], replace(probe(DEVICE), products="bf16"))
+    part = resolve(find(name).model.mixers[0], replace(probe(DEVICE), products=products))
     torch.manual_seed(0)
     return replace(part, zero_init=False, **changes).build(dim=DIM, layer=0).to(DEVICE)
 
@@ -99,7 +99,7 @@ def test_decoding_from_pages_in_bf16_is_as_close_to_fp32_as_the_whole_pass(name,
     assert mixer.kernel
     starts_B1 = torch.tensor(lengths, device=DEVICE)[:, None]
     index_BT = starts_B1 + torch.arange(new_tokens, device=DEVICE)
-    exact_BTD = mixer(x_BTD, Context())
+    exact_BTD = build_mixer(name, products="fp32")(x_BTD, Context())
     mixer, x_BTD = mixer.bfloat16(), x_BTD.bfloat16()
     # Tables of angles are fp32 in bf16 models too.
     mixer.rotary = find(name).model.mixers[0].rotary.build(mixer.rotary_width).to(DEVICE)
@@ -122,7 +122,10 @@ def test_decoding_in_bf16_is_as_close_to_fp32_as_the_whole_pass(name):
     for block in model.blocks:
         torch.nn.init.normal_(block.mixer.out.weight, std=DIM**-0.5)
         torch.nn.init.normal_(block.feedforward.down.weight, std=(4 * DIM) ** -0.5)
-    exact = model.logits(tokens_BT)
+    wide = resolve(replace(find(name).model, layers=2), replace(probe(DEVICE), products="fp32"))
+    exact_model = build_model(wide, seed=0).to(DEVICE).eval()
+    exact_model.load_state_dict(model.state_dict())
+    exact = exact_model.logits(tokens_BT)
     cache = DenseCache(spec, batch=2, capacity=300, device=DEVICE, dtype=torch.bfloat16)
     pieces = []
     # A prompt, a chunk in the expanded form, a few tokens and then one at a time across a block's border.

@@ -321,7 +321,7 @@ def test_draws_follow_the_distribution():
     [
         (("--json",), "writes one text"),
         (("--repetition-penalty", "1.2"), "writes one text"),
-        ((), "drafting"),
+        ((), "a module that drafts"),
     ],
 )
 def test_speculation_is_refused_where_it_cannot_be(trained, capsys, options, message):

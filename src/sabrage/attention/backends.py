@@ -148,6 +148,9 @@ def attend(
         backend = "sdpa"
     if window is not None and window >= k_BSGK.shape[1]:
         window = None
+    if backend in CUDA_KERNELS and k_BSGK.shape[1] == 1:
+        # cuDNN takes no sequence of one token.
+        backend = "sdpa"
     needs = needs_of(
         window=window is not None, documents=context.documents_BT is not None, scores=len(scores) > 0
     )

@@ -21,7 +21,9 @@ ScoreFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ScoreModule(nn.Module, ABC):
-    """What a score part builds."""
+    """What a score part builds; `gathers` says whether its function looks a number up for every pair."""
+
+    gathers = False
 
     @abstractmethod
     def function(self, num_keys: int) -> ScoreFunction:
@@ -96,6 +98,7 @@ class RelativeBias(ScorePart):
 class RelativeBiasTable(ScoreModule):
     """The table of `RelativeBias`, `bias_HN` (H, buckets)."""
 
+    gathers = True
     bucket_S: Tensor
 
     def __init__(self, part: RelativeBias, heads: int) -> None:

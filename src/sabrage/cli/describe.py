@@ -85,9 +85,7 @@ def show_costs(recipe: "Recipe") -> None:
     tokens = recipe.plan.tokens()
     flops = flops_per_token(recipe.model, length, recipe.objective)
     print(f"parameters        {num_parameters(recipe.model):,}")
-    active = num_active(recipe.model)
-    if active != num_parameters(recipe.model):
-        print(f"active parameters {active:,} (those that one token uses)")
+    print(f"active parameters {num_active(recipe.model):,} (those that one token uses)")
     if more := objective_parameters(recipe.objective, recipe.model):
         print(f"in training only  {more:,} more, the objective's")
     print(f"FLOPs per token   {flops:,} (forward and backward matrix products, {length:,} tokens of context)")

@@ -179,7 +179,9 @@ def sorted_experts(
     ends_E = load_E.cumsum(0).to(torch.int32)
     pairs_MD = x_ND[:, None].expand(-1, active, -1).flatten(0, 1)
     grouped_MD = Permutation.apply(pairs_MD, order_M, place_M)
-    hidden_MF = F.relu(product(grouped_MD, up_EFD, ends_E)).square()
+    positive_MF = F.relu(product(grouped_MD, up_EFD, ends_E))
+    # Not a power: autocast computes those in fp32, and the next product takes one format.
+    hidden_MF = positive_MF * positive_MF
     y_MD = Permutation.apply(product(hidden_MF, down_EDF, ends_E), place_M, order_M)
     return (y_MD.unflatten(0, (-1, active)) * weights_NA[..., None]).sum(1)
 

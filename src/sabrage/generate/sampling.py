@@ -50,7 +50,7 @@ class Sampling:
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """The distribution that is drawn from, (B, V) fp32; temperature must be above 0, no token was seen."""
-    settings_B5 = torch.tensor([astuple(sampling)], device=logits_BV.device)
+    settings_B5 = torch.tensor([astuple(sampling)], device=logits_BV.device).expand(len(logits_BV), -1)
     return distribution(logits_BV.float(), settings_B5, cut=sampling.cuts)
 
 

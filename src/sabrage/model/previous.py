@@ -112,9 +112,14 @@ class BigramHash(Embedding):
 class BigramEmbedding(Wrapped):
     """The module of `BigramHash`."""
 
+    salts_D: Tensor
+
     def __init__(self, part: BigramHash, *, dim: int, vocab_size: int) -> None:
         super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
         self.pairs_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
+        # Numbers of 64 bits, made here: in a compiled kernel an index has 32 and so would the product.
+        salts_D = GOLDEN * torch.arange(1, 1 + self.pairs_RD.shape[1])
+        self.register_buffer("salts_D", salts_D, persistent=False)
 
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.inner(tokens_BT, context)
@@ -123,8 +128,7 @@ class BigramEmbedding(Wrapped):
         digits_BT2 = torch.stack(((tokens_BT + 1) // DIGIT, (tokens_BT + 1) % DIGIT), -1).float()
         before_BT2 = one_back(digits_BT2, context, stream="token").long()
         hash_BT = scramble((before_BT2[..., 0] * DIGIT + before_BT2[..., 1]) * DIGIT**2 + tokens_BT)
-        numbers_D = torch.arange(1, 1 + width, device=tokens_BT.device)
-        negative_BTD = scramble(hash_BT[..., None] + GOLDEN * numbers_D) < 0
+        negative_BTD = scramble(hash_BT[..., None] + self.salts_D) < 0
         pair_BTD = F.embedding(hash_BT % rows, self.pairs_RD)
         signed_BTD = torch.where(negative_BTD, -pair_BTD, pair_BTD)
         return x_BTD + F.pad(signed_BTD, (0, x_BTD.shape[-1] - width))
