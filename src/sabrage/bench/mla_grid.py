@@ -136,11 +136,14 @@ def chart(
         lines.append(f'<path d="M{left},{y(tick):.1f}H{width - right}" stroke="#ddd"/>')
     for index in range(0, len(values), 4):
         lines.append(f'<text x="{x(index):.1f}" y="{height - 30}" text-anchor="middle">{index}</text>')
-    for name, level in levels:
+    for index, (name, level) in enumerate(levels):
         lines.append(
             f'<path d="M{left},{y(level):.1f}H{width - right}" stroke="#b3541e" stroke-dasharray="5 4"/>'
         )
-        lines.append(f'<text x="{left + 6}" y="{y(level) - 4:.1f}" fill="#b3541e">{escape(name)}</text>')
+        # Every other name stands at the right end, since levels may be close.
+        place, anchor = (width - right - 6, "end") if index % 2 else (left + 6, "start")
+        where = f'x="{place}" y="{y(level) - 4:.1f}" text-anchor="{anchor}"'
+        lines.append(f'<text {where} fill="#b3541e">{escape(name)}</text>')
     points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(values))
     lines.append(f'<polyline points="{points}" fill="none" stroke="#2a7f62"/>')
     lines += [

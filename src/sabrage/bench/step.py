@@ -114,9 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     use_compile_cache(True)
     rows = []
     for name in args.recipes:
-        rows.append(measure(find(name), facts, device))
+        try:
+            rows.append(measure(find(name), facts, device))
+        except RuntimeError as error:
+            # Out of memory, or what the compiler cannot do: the others are still measured.
+            rows.append({"recipe": name, "note": f"failed: {str(error).splitlines()[0]}"})
         print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    write_result(args.out, name=args.name, device=facts.name, columns=COLUMNS, rows=rows, commit=args.commit)
+        # After every row: what was measured outlasts what stops the rest.
+        named = {"name": args.name, "device": facts.name, "commit": args.commit}
+        write_result(args.out, columns=COLUMNS, rows=rows, **named)
 
 
 if __name__ == "__main__":
