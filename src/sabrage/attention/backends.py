@@ -47,9 +47,10 @@ WIDEST = {"flash": 256, "cudnn": 128, "varlen": 256, "fa3": 256, "fa4": 128}
 
 # What "auto" tries, in order, by the first number of the compute capability: the first that knows the mask
 # and can be used. Measured on an H100 (results/attention.json; torch 2.11, T=2,048, forward / backward
-# TFLOP/s at head widths 128 and 64). Causal: cudnn 547 / 402 and 410 / 321, flex 333 / 290 and 319 / 227, flash 300 /
-# 244 and 267 / 218. A window: flex 230 / 185 and 198 / 144, varlen 183 / 179 and 96 / 156, sdpa 77 / 61 and
-# 60 / 58. Documents: flex 146 / 117 and 75 / 91, varlen 83 / 73 and 60 / 52, sdpa 36 / 36 and 30 / 34.
+# TFLOP/s at head widths 128 and 64). Causal: cudnn 547 / 402 and 410 / 321, flex 333 / 290 and 319 / 227,
+# flash 300 / 244 and 267 / 218. A window of 512: flex 230 / 185 and 198 / 144, varlen 183 / 179 and 96 / 156,
+# sdpa 77 / 61 and 60 / 58. Documents: flex 146 / 117 and 75 / 91, varlen 83 / 73 and 60 / 52, sdpa 36 / 36
+# and 30 / 34.
 # Not measured here: fa3 with a window (modded-nanogpt went from FlexAttention to it, and gained), fa4 (for
 # Blackwell its authors report more than cuDNN), and every card but Hopper, where flash is the safe choice.
 PREFERRED: dict[int, tuple[Backend, ...]] = {
