@@ -11,7 +11,7 @@ test: .venv/installed
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not gpu" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --durations=10
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
