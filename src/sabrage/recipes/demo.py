@@ -34,11 +34,11 @@ demo = Recipe(
         OptimizerGroup(pattern=".*", optimizer=AdamW(lr=0.004)),
     ),
     plan=Plan(
-        steps=330,
-        lr=Trapezoid(warmup=10, warmdown=165),
+        steps=270,
+        lr=Trapezoid(warmup=10, warmdown=135),
         tokens_per_step=4096,
         sequence_length=256,
     ),
     precision=Fp32(),
-    budget=Budget(evaluate_every=66, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
+    budget=Budget(evaluate_every=54, evaluation_tokens=65_536, evaluation_length=256, log_every=10),
 )
