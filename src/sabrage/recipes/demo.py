@@ -16,7 +16,7 @@ from sabrage.wiring.residual import Residual
 
 demo = Recipe(
     name="demo",
-    summary="a byte-level model of Python's own documentation: about two minutes on two CPU cores",
+    summary="a byte-level model of Python's own documentation: under three minutes on two CPU cores",
     data=EmbeddedText(block_tokens=2048),
     model=ModelSpec(
         layers=4,
