@@ -5,15 +5,13 @@ of pairs or of values moves only where its tokens occur, so it gets a higher rat
 """
 
 from dataclasses import replace
-from typing import Any
 
 from sabrage.model.ends import LinearHead, Rescale, TokenTable
 from sabrage.model.previous import BigramHash, Smear
 from sabrage.optim.adamw import AdamW
 from sabrage.optim.tied_adamw import TiedAdamW
 from sabrage.parts import OptimizerGroup
-from sabrage.recipe import Recipe
-from sabrage.recipes.base import base
+from sabrage.recipes.base import base, variant
 from sabrage.wiring.dense_skips import DenseSkips
 from sabrage.wiring.layer_skips import LayerSkips
 from sabrage.wiring.residual import Residual
@@ -30,17 +28,12 @@ SCALARS = OptimizerGroup(
 PAIRS = OptimizerGroup(pattern=r"pairs", optimizer=AdamW(lr=0.02, weight_decay=0.0))
 
 
-def _variant(name: str, summary: str, *groups: OptimizerGroup, **changes: Any) -> Recipe:
-    optim = (*groups, *base.optim)
-    return replace(base, name=name, summary=summary, model=replace(base.model, **changes), optim=optim)
-
-
 def _skips(*skips: Skip) -> Skipping:
     return Skipping(residual=Residual(mixer_scale="depth"), skips=skips)
 
 
 tied_then_untied = replace(
-    _variant(
+    variant(
         "tied-then-untied",
         "base whose head leaves the table at two thirds of the run",
         head=LinearHead(tied=False, copied=True),
@@ -54,42 +47,42 @@ tied_then_untied = replace(
 VALUES = OptimizerGroup(pattern=r"wiring\.tables", optimizer=AdamW(lr=0.02, weight_decay=0.0))
 
 architecture = (
-    _variant(
+    variant(
         "value-embeddings",
         "base with three gated value tables, each for a layer at either end",
         VALUES,
         SCALARS,
         wiring=ValueEmbeddings(inner=Residual(mixer_scale="depth")),
     ),
-    _variant("norm-embedding", "base with token vectors normalised", embedding=NORMALISED),
-    _variant("untied", "base with a head of its own, from zero", head=UNTIED),
-    _variant(
+    variant("norm-embedding", "base with token vectors normalised", embedding=NORMALISED),
+    variant("untied", "base with a head of its own, from zero", head=UNTIED),
+    variant(
         "ends",
         "base with both: normalised token vectors and an untied head",
         embedding=NORMALISED,
         head=UNTIED,
     ),
     tied_then_untied,
-    _variant("softcap", "base with logits capped at 15", head=LinearHead(softcap=15.0)),
-    _variant(
+    variant("softcap", "base with logits capped at 15", head=LinearHead(softcap=15.0)),
+    variant(
         "logit-rescale", "ends with logits of 23 sigmoid((x + 5) / 7.5)", embedding=NORMALISED, head=RESCALED
     ),
-    _variant("smear", "base with a gated share of the token before", SCALARS, embedding=Smear()),
-    _variant("bigram", "base with a hashed table of token pairs", PAIRS, embedding=BigramHash()),
-    _variant(
+    variant("smear", "base with a gated share of the token before", SCALARS, embedding=Smear()),
+    variant("bigram", "base with a hashed table of token pairs", PAIRS, embedding=BigramHash()),
+    variant(
         "skip-scales",
         "base with learned residual and embedding-skip scales",
         SCALARS,
         wiring=_skips(SkipScales()),
     ),
-    _variant("unet", "base with U-net skips", SCALARS, wiring=_skips(LayerSkips())),
-    _variant(
+    variant("unet", "base with U-net skips", SCALARS, wiring=_skips(LayerSkips())),
+    variant(
         "dense-skips",
         "base with learned sums of all states after every fourth layer",
         SCALARS,
         wiring=_skips(DenseSkips(period=4)),
     ),
-    _variant(
+    variant(
         "dynamic-dense",
         "the same with weights that depend on the token",
         SCALARS,

@@ -5,12 +5,11 @@ from typing import Any
 
 from sabrage.attention.scores import Alibi, RelativeBias, SoftCap
 from sabrage.recipe import Recipe
-from sabrage.recipes.base import base
+from sabrage.recipes.base import base, variant
 
 
 def _variant(name: str, summary: str, **changes: Any) -> Recipe:
-    mixers = (replace(base.model.mixers[0], **changes),)
-    return replace(base, name=name, summary=summary, model=replace(base.model, mixers=mixers))
+    return variant(name, summary, mixers=(replace(base.model.mixers[0], **changes),))
 
 
 attention = (

@@ -5,6 +5,7 @@ blocks (AdamW for the tied table). Its few rates were tuned once, on a small gri
 """
 
 from dataclasses import replace
+from typing import Any
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.feedforward.mlp import Mlp
@@ -12,7 +13,7 @@ from sabrage.optim.adamw import AdamW
 from sabrage.optim.muon import Muon
 from sabrage.parts import OptimizerGroup
 from sabrage.plan import Plan, Trapezoid
-from sabrage.recipe import Budget
+from sabrage.recipe import Budget, Recipe
 from sabrage.recipes.nocap import nocap
 
 MATRICES = r"blocks\..*weight"
@@ -44,3 +45,9 @@ base_adamw = replace(
 )
 
 muon = replace(nocap, name="muon", summary="nocap with Muon for the matrices of the blocks", optim=base.optim)
+
+
+def variant(name: str, summary: str, *groups: OptimizerGroup, **changes: Any) -> Recipe:
+    """`base` with fields of its model changed, and with optimizer groups that come before its own."""
+    model, optim = replace(base.model, **changes), (*groups, *base.optim)
+    return replace(base, name=name, summary=summary, model=model, optim=optim)

@@ -1,13 +1,9 @@
 """The fused kernels, each a part on the study base; the plain parts compute the same up to rounding."""
 
-from dataclasses import replace
-from typing import Any
-
 from sabrage.attention.multi_head import MultiHead
 from sabrage.feedforward.fused_mlp import FusedMlp
 from sabrage.model.fused_head import FusedHead
-from sabrage.recipe import Recipe
-from sabrage.recipes.base import base
+from sabrage.recipes.base import variant
 from sabrage.wiring.fused_residual import FusedResidual
 from sabrage.wiring.residual import Residual
 
@@ -16,27 +12,21 @@ ROTARY = (MultiHead(heads=12, qk_norm=True, zero_init=True, rotary_backend="auto
 MLP = (FusedMlp(zero_init=True),)
 
 
-def _variant(name: str, summary: str, **changes: Any) -> Recipe:
-    return replace(base, name=name, summary=summary, model=replace(base.model, **changes))
-
-
 fused = (
-    _variant("fused-head", "base with the cross-entropy head in chunks", head=HEAD),
-    _variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
-    _variant(
+    variant("fused-head", "base with the cross-entropy head in chunks", head=HEAD),
+    variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
+    variant(
         "fused-rotary",
         "base with QK-norm + rotary in one pass",
         mixers=ROTARY,
     ),
-    _variant(
-        "fused-norm", "base with residual + norm in one pass", wiring=FusedResidual(mixer_scale="depth")
-    ),
-    _variant(
+    variant("fused-norm", "base with residual + norm in one pass", wiring=FusedResidual(mixer_scale="depth")),
+    variant(
         "fused-norm-dropout",
         "base with residual + dropout 0.1 + norm in one pass",
         wiring=FusedResidual(mixer_scale="depth", dropout=0.1),
     ),
-    _variant(
+    variant(
         "plain-dropout",
         "base with dropout 0.1, for comparison with fused-norm-dropout",
         wiring=Residual(mixer_scale="depth", dropout=0.1),

@@ -1,17 +1,15 @@
 """Attention that keeps or meets less of the past, on the study base: latents and pooled blocks."""
 
-from dataclasses import replace
-
 from sabrage.attention.latent import MultiHeadLatent
 from sabrage.attention.pooled import Pooled
 from sabrage.attention.pools import Latents, Max, Mean, Pool, Reservoir
 from sabrage.parts import Mixer
 from sabrage.recipe import Recipe
-from sabrage.recipes.base import base
+from sabrage.recipes.base import variant
 
 
 def _variant(name: str, summary: str, mixer: Mixer) -> Recipe:
-    return replace(base, name=name, summary=summary, model=replace(base.model, mixers=(mixer,)))
+    return variant(name, summary, mixers=(mixer,))
 
 
 def _latent(kv_rank: int) -> Mixer:
