@@ -285,6 +285,11 @@ class DataSource(Part, ABC):
     block_tokens: int
     order: Order = "stream"
 
+    @property
+    def separates(self) -> bool:
+        """Whether rows hold documents that do not see each other."""
+        return self.order != "stream"
+
     @abstractmethod
     def open(self, folder: Path | None = None) -> Corpus:
         """Checks every file and opens the data set. Raises DataError naming the file and the remedy."""

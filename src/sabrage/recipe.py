@@ -149,7 +149,7 @@ class Recipe(Part):
         return found
 
     def narrow(self, facts: Any) -> Any:
-        documents = self.data.order != "stream"
+        documents = self.data.separates
         return replace(facts, products=self.precision.peak(), dim=self.model.dim, documents=documents)
 
     def scaled(self, steps: int) -> Self:

@@ -11,6 +11,7 @@ from rich.console import Console
 from sabrage.bench import attention as bench
 from sabrage.bench.attention import Cell, cells
 from sabrage.bench.attention_chart import COLOURS, chart
+from sabrage.bench.result import table
 from sabrage.context import Context
 from sabrage.run.device import DeviceFacts
 
@@ -108,7 +109,7 @@ def test_the_chart_is_sound_xml_with_a_dot_for_every_number():
 
 def test_the_table_shows_every_row_and_dashes_for_what_was_not_measured():
     text = io.StringIO()
-    Console(width=200, file=text).print(bench.table(ROWS, "device"))
+    Console(width=200, file=text).print(table(ROWS, "device", bench.COLUMNS))
     lines = [line for line in text.getvalue().splitlines() if "out of memory" in line]
     assert len(lines) == 1
     assert lines[0].count(" - ") == 4

@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from sabrage.bench import kernels as bench
+from sabrage.bench.result import table
 from sabrage.kernels.cases import Case
 from sabrage.kernels.catalogue import OPERATIONS, RESIDUAL_NORM
 from sabrage.kernels.language import KernelError
@@ -81,7 +82,7 @@ def test_the_chart_is_sound_xml_with_a_bar_for_every_measured_row() -> None:
 
 def test_the_table_shows_every_row_and_dashes_for_what_was_not_measured() -> None:
     text = io.StringIO()
-    Console(width=250, file=text).print(bench.table(ROWS, "device"))
+    Console(width=250, file=text).print(table(ROWS, "device", bench.COLUMNS))
     lines = [line for line in text.getvalue().splitlines() if "fails the gate" in line]
     assert len(lines) == 1
     assert lines[0].count(" - ") == 10

@@ -18,14 +18,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from sabrage.attention.backends import KNOWS, Backend, Need, attend, needs_of, refusal
 from sabrage.attention.masks import visible
 from sabrage.bench.attention_chart import chart
 from sabrage.bench.kernels import FLUSH_BYTES, ceilings, times
-from sabrage.bench.result import Column, write_result
+from sabrage.bench.result import Column, table, write_result
 from sabrage.config import ConfigError
 from sabrage.context import Context
 from sabrage.run.device import DeviceFacts, probe
@@ -225,19 +224,8 @@ def measure(*, full: bool = False, out: Path | None = None, commit: str | None =
             out.parent.mkdir(parents=True, exist_ok=True)
             write_result(out, name=out.stem, device=title, columns=COLUMNS, rows=rows, commit=commit)
             out.with_suffix(".svg").write_text(chart(rows, title, ceiling / 1e12), encoding="utf-8")
-    Console().print(table(rows, title))
+    Console().print(table(rows, title, COLUMNS))
     return rows
-
-
-def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows for the terminal; what was not measured is a dash."""
-    made = Table(title=title)
-    for column in COLUMNS:
-        made.add_column(column["title"], justify="right" if "format" in column else "left")
-    for found in rows:
-        told = [(found.get(column["key"]), column.get("format", "")) for column in COLUMNS]
-        made.add_row(*("-" if value is None else format(value, form) for value, form in told))
-    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,10 +16,9 @@ from xml.sax.saxutils import escape
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from sabrage.bench.result import Column, write_result
+from sabrage.bench.result import Column, table, write_result
 from sabrage.config import nearest
 from sabrage.kernels.cases import Case, Operation, failures, normal
 from sabrage.kernels.catalogue import OPERATIONS
@@ -182,19 +181,8 @@ def measure(
             out.parent.mkdir(parents=True, exist_ok=True)
             write_result(out, name=out.stem, device=title, columns=COLUMNS, rows=rows, commit=commit)
             out.with_suffix(".svg").write_text(chart(rows, title), encoding="utf-8")
-    Console().print(table(rows, title))
+    Console().print(table(rows, title, COLUMNS))
     return rows
-
-
-def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows for the terminal; what was not measured is a dash."""
-    made = Table(title=title)
-    for column in COLUMNS:
-        made.add_column(column["title"], justify="right" if "format" in column else "left")
-    for found in rows:
-        cells = [(found.get(column["key"]), column.get("format", "")) for column in COLUMNS]
-        made.add_row(*("-" if value is None else format(value, form) for value, form in cells))
-    return made
 
 
 def chart(rows: Sequence[dict[str, Any]], title: str) -> str:

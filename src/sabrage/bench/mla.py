@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from sabrage.bench.kernels import FLUSH_BYTES, ceilings
@@ -32,7 +31,7 @@ from sabrage.bench.mla_grid import (
     verdict,
     wrong,
 )
-from sabrage.bench.result import Column, write_result
+from sabrage.bench.result import Column, table, write_result
 from sabrage.kernels.language import KernelError, require
 from sabrage.kernels.paged_latent import decode, decode_reference
 from sabrage.run.device import free_memory, probe
@@ -162,7 +161,7 @@ def measure(*, small: bool = False, out: Path | None = None) -> list[dict[str, A
             )
         taken = milliseconds(call, inputs.tables_BN)
         rows.append(row(index, run, taken, found, rates))
-    Console().print(table(rows, title))
+    Console().print(table(rows, title, COLUMNS))
     print("\n".join(verdict(rows)))
     if out is not None:
         write(out, rows, title, rates)
@@ -182,17 +181,6 @@ def write(out: Path, rows: list[dict[str, Any]], title: str, rates: tuple[float,
     for key, (label, levels) in drawn.items():
         text = chart([found[key] for found in rows], label=label, title=title, levels=levels)
         out.with_name(f"{out.stem}-{key}.svg").write_text(text, encoding="utf-8")
-
-
-def table(rows: Sequence[dict[str, Any]], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
-    """The rows for the terminal; what was not measured is a dash."""
-    made = Table(title=title)
-    for column in columns:
-        made.add_column(column["title"], justify="right" if "format" in column else "left")
-    for found in rows:
-        cells = [(found.get(column["key"]), column.get("format", "")) for column in columns]
-        made.add_row(*("-" if value is None else format(value, form) for value, form in cells))
-    return made
 
 
 def find_device() -> tuple[torch.device, str, tuple[float, float]]:

@@ -28,10 +28,9 @@ from sabrage.bench.mla import (
     make_inputs,
     make_pool,
     milliseconds,
-    table,
 )
 from sabrage.bench.mla_grid import VALUE_WIDTH, WIDTH, GridRun, row, wrong
-from sabrage.bench.result import Column, write_result
+from sabrage.bench.result import Column, table, write_result
 from sabrage.kernels.paged_latent import launch
 from sabrage.kernels.split import NO_WINDOW, DecodeTile
 

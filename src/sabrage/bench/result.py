@@ -1,8 +1,11 @@
 """Result files: what a measurement found, with everything that is needed to read it, for results/."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from sabrage.run.folder import write_json
 from sabrage.run.manifest import code_state, versions
@@ -45,3 +48,14 @@ def write_result(
         },
     )
     return path
+
+
+def table(rows: Sequence[dict[str, Any]], title: str, columns: Sequence[Column]) -> Table:
+    """The rows for the terminal; what was not measured is a dash."""
+    made = Table(title=title)
+    for column in columns:
+        made.add_column(column["title"], justify="right" if "format" in column else "left")
+    for found in rows:
+        cells = [(found.get(column["key"]), column.get("format", "")) for column in columns]
+        made.add_row(*("-" if value is None else format(value, form) for value, form in cells))
+    return made

@@ -73,7 +73,7 @@ def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[st
     step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=True)
     knobs = recipe.plan.at(0)
     shape = (knobs.tokens_per_step // knobs.sequence_length, knobs.sequence_length)
-    batch = made_up(shape, recipe.model.vocab_size, device, documents=recipe.data.order != "stream")
+    batch = made_up(shape, recipe.model.vocab_size, device, documents=recipe.data.separates)
     for _ in range(2):
         step(batch, knobs)
     torch.cuda.synchronize(device)

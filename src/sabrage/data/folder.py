@@ -54,7 +54,7 @@ class ShardFolder(DataSource):
         trains = trains[: self.num_shards] if self.num_shards else trains
         shards = open_shards([*trains, *validations], vocab_size=self.vocab_size)
         validation, end_of_text = shards[len(trains) :], self.vocab_size - 1
-        if self.order != "stream" and not (shards[0] == end_of_text).any():
+        if self.separates and not (shards[0] == end_of_text).any():
             raise DataError(
                 f"{trains[0]}: holds no end of text (token {end_of_text}), so its documents cannot be told "
                 "apart; use data.order=stream, or encode the text again with `sabrage data text`"

@@ -77,7 +77,7 @@ class ContextPlan(Part):
     def at_length(self, recipe: Recipe, length: int) -> Recipe:
         """The recipe in rows of `length`, in blocks that rows of every length of the plan divide."""
         recipe = fitted(recipe, steps=self.steps, tokens=self.tokens)
-        documents = recipe.budget.evaluation_documents or recipe.data.order != "stream"
+        documents = recipe.budget.evaluation_documents or recipe.data.separates
         for path, limit in recipe.model.max_lengths().items():
             recipe = override(recipe, f"{path}={max(limit, length)}")
         return replace(

@@ -91,7 +91,7 @@ def train(
                     evaluator,
                     vocab_size=vocab_size,
                     say=recorder.message,
-                    documents=recipe.data.order != "stream",
+                    documents=recipe.data.separates,
                 )
         if resume:
             recorder.restore(session)
@@ -166,7 +166,7 @@ def due(step: int, every: int) -> bool:
 
 def examined(recipe: Recipe) -> Legality:
     """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError."""
-    documents = recipe.data.order != "stream" or recipe.budget.evaluation_documents
+    documents = recipe.data.separates or recipe.budget.evaluation_documents
     window = recipe.plan.at(0).window
     length = longest_row(recipe)
     return quick(recipe.model, max_length=length, documents=documents, window=window).require()
