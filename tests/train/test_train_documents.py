@@ -104,7 +104,7 @@ def test_nothing_compiles_after_the_warm_up_however_many_windows(windowed, assem
     session, step, evaluator = assemble(recipe)
     allow_graphs(recipe)
     step.forward = counting.compile(session.learner)
-    evaluator.score = counting.compile(evaluator._score)
+    evaluator.forward = counting.compile(evaluator._forward)
     warm_up(session, step, plan.stages(), evaluator, vocab_size=257, say=pytest.fail)
     assert len(plan.stages()) == 9
     assert evaluator.windows == [8, 10]

@@ -82,7 +82,7 @@ def test_nothing_compiles_after_the_warm_up(tiny, assemble, counting):
     recipe = replace(tiny, plan=plan)
     session, step, evaluator = assemble(recipe)
     step.forward = counting.compile(session.learner)
-    evaluator.score = counting.compile(evaluator._score)
+    evaluator.forward = counting.compile(evaluator._forward)
     warm_up(session, step, plan.stages(), evaluator, vocab_size=257, say=pytest.fail)
     assert counting.graphs == 4
     with make_loader(recipe, recipe.data.open(), step.world, step=0, block=0) as loader:

@@ -9,6 +9,7 @@ from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
+from sabrage.recipes.fast import fast
 from sabrage.recipes.fused import fused
 from sabrage.recipes.latent import latent
 from sabrage.recipes.multi_token import multi_token
@@ -16,7 +17,7 @@ from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
 GROUPS = (
-    (nocap, nocap_mini, demo, base, base_adamw, muon),
+    (nocap, nocap_mini, demo, base, base_adamw, muon, fast),
     fused,
     precisions,
     attention,

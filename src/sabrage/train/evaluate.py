@@ -52,12 +52,19 @@ class Evaluator:
         self.num_targets, self.length = num_targets, length
         self.windows, self.end_of_text = windows, end_of_text
         self.batch_rows = max(min(batch_tokens, num_targets) // length, 1)
-        self.score: Callable = compiled(self._score, compile)
+        self.forward: Callable = compiled(self._forward, compile)
 
-    def _score(self, tokens_BT: Tensor, targets_BT: Tensor, window: int | None = None) -> Tensor:
+    def score(self, tokens_BT: Tensor, targets_BT: Tensor, window: int | None = None) -> Tensor:
+        """The mean loss of a batch over its targets that are not -1, a 0-D tensor."""
         documents_BT = None
         if self.end_of_text is not None:
+            # Outside of the graph, which then takes documents as that of training does: as an input.
             documents_BT = (tokens_BT == self.end_of_text).cumsum(1, dtype=torch.int32)
+        return self.forward(tokens_BT, targets_BT, documents_BT, window)
+
+    def _forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None, window: int | None
+    ) -> Tensor:
         with self.precision.autocast(self.world.device):
             h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT, window=window))
             return self.model.head.loss(h_BTD, targets_BT)
