@@ -71,7 +71,16 @@ def test_a_sequence_beyond_the_tables_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_length": 0}, {"base": 0.0}, {"base": -1.0}, {"factor": 0.5}, {"original_length": 0}]
+    "changes",
+    [
+        {"max_length": 0},
+        {"base": 0.0},
+        {"base": -1.0},
+        {"factor": 0.5},
+        {"original_length": 0},
+        {"share": 0.0},
+        {"share": 1.5},
+    ],
 )
 def test_values_without_meaning_are_problems(changes):
     assert Rotary(**changes).problems()
@@ -95,3 +104,33 @@ def test_yarn_keeps_fast_turns_stretches_slow_ones_and_sharpens_the_scores():
     kept = (1024 * 0.1 / (2 * math.pi) - 1) / 31
     angle = 1000 * 0.1 * (kept + (1 - kept) / 4)
     assert yarn.sine_TK[1000, 8].item() == pytest.approx(magnitude * math.sin(angle), abs=1e-5)
+
+
+def test_of_a_share_the_fast_pairs_turn_as_ever_and_the_others_stand():
+    plain, half = Rotary(max_length=64).build(8), Rotary(max_length=64, share=0.5).build(8)
+    x_BTHK = draw(2, 40, 3, 8)
+    every, some = plain(x_BTHK), half(x_BTHK)
+    turning = torch.tensor([True, True, False, False] * 2)
+    assert torch.equal(some[..., turning], every[..., turning])
+    assert torch.equal(some[..., ~turning], x_BTHK[..., ~turning])
+    assert not torch.equal(every[..., ~turning], x_BTHK[..., ~turning])
+
+
+@pytest.mark.parametrize(("share", "pairs"), [(1.0, 32), (0.5, 16), (0.25, 8), (0.001, 1)])
+def test_a_share_is_rounded_and_never_none(share, pairs):
+    part = Rotary(max_length=16, share=share)
+    assert part.turning(64) == pairs
+    assert (part.build(64).sine_TK[1] != 0).tolist() == [True] * pairs + [False] * (32 - pairs)
+
+
+def test_the_whole_range_of_frequencies_in_a_share_is_a_base_to_that_power():
+    """As GPT-NeoX has it: 100^(-2i / 4) for the first four numbers of eight."""
+    ours = Rotary(base=100.0**2, share=0.5, max_length=32).build(8)
+    theirs = Rotary(base=100.0, max_length=32).build(4)
+    torch.testing.assert_close(ours.sine_TK[:, :2], theirs.sine_TK)
+
+
+def test_with_yarn_what_stands_is_sharpened_like_what_turns():
+    plain, yarn = (Rotary(share=0.5, factor=factor, max_length=64).build(64) for factor in (1.0, 4.0))
+    assert torch.equal(yarn.sine_TK[:, 16:], plain.sine_TK[:, 16:])
+    torch.testing.assert_close(yarn.cosine_TK[:, 16:], (0.1 * math.log(4) + 1) * plain.cosine_TK[:, 16:])

@@ -55,6 +55,16 @@ VARIANTS = {
     "untied": ["model.head.tied=false"],
     "smeared": ["model.embedding=Smear"],
     "normed and squared": ["model.mixers.0.qk_norm=true", "model.feedforwards.0.activation=relu_squared"],
+    "all of attention": [
+        f"model.mixers.0.{change}"
+        for change in (
+            "gate=true",
+            "exclusive_self=true",
+            "paired=true",
+            "rotary.share=0.5",
+            "key_offset=true",
+        )
+    ],
     "fused": ["model.head=FusedHead", "model.wiring=FusedResidual", "model.head.softcap=15"],
 }
 

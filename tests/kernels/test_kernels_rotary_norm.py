@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from sabrage.kernels.language import KernelError
 from sabrage.kernels.rotary_norm import rotary_norm, rotary_norm_reference
 from sabrage.norms import rms_norm
 
+PARTIAL = {"rotary": Rotary(share=0.5), "key_offset": True}
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
 )
@@ -32,13 +35,16 @@ def test_every_head_keeps_unit_root_mean_square() -> None:
 
 
 @interpreted
-def test_attention_with_the_kernel_equals_attention_without() -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"rotary": Rotary(share=0.5)}, PARTIAL], ids=["", "partial", "offset"]
+)
+def test_attention_with_the_kernel_equals_attention_without(changes: dict[str, Any]) -> None:
     x_BTD = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
     pull_BTD = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(2))
     found = []
     for backend in ("plain", "triton"):
         torch.manual_seed(0)
-        mixer = MultiHead(heads=2, qk_norm=True, rotary_backend=backend).build(dim=32, layer=0)
+        mixer = MultiHead(heads=2, qk_norm=True, rotary_backend=backend, **changes).build(dim=32, layer=0)
         leaf_BTD = x_BTD.clone().requires_grad_()
         y_BTD = mixer(leaf_BTD, Context())
         y_BTD.backward(pull_BTD)

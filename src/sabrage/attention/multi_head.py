@@ -4,6 +4,9 @@ q, k, v = x W_qkv (one product, split in that order), y = concat_h(attend(q_h, k
 Biases are left out. `qk_norm` normalises queries and keys per head before the rotation
 (Henry et al. 2020, arXiv 2010.04245). Query heads may share key/value heads (Shazeer 2019, arXiv 1911.02150;
 Ainslie et al. 2023, arXiv 2305.13245); queries, keys and values then have a matrix each.
+
+More ideas, each off by default: `sabrage.attention.gates` changes a head's output before the projection,
+`sabrage.attention.paired` lets heads see each other's keys, `sabrage.attention.key_offset` shifts keys.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.attention.backends import Backend, Need, attend, choose_backend, needs_of, refusal
+from sabrage.attention.gates import GATE_WIDTH, exclusive, gated
+from sabrage.attention.key_offset import offset_keys
+from sabrage.attention.paired import attend_paired, entries_of
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import ScorePart
 from sabrage.context import Cache, Context
@@ -39,6 +45,10 @@ class MultiHead(Mixer):
     the plan's window, rounded to whole blocks of 64 tokens, at least one. `scores` change the scores in this
     order. `zero_init` starts the output projection at zero, so that a fresh block adds nothing.
     `rotary_backend` "triton" normalises and turns queries and keys in one pass, on CUDA in whole sequences.
+
+    `gate` multiplies each head's output by a gate that starts at 1, `exclusive_self` takes the token's own
+    value out of it, `paired` has heads of a pair see each other's keys, and with `key_offset` what does not
+    turn of a key is that of the token before, which asks for `rotary.share` below 1.
     """
 
     heads: int
@@ -51,6 +61,10 @@ class MultiHead(Mixer):
     scores: tuple[ScorePart, ...] = ()
     backend: Backend = "auto"
     rotary_backend: KernelBackend = "plain"
+    gate: bool = False
+    exclusive_self: bool = False
+    paired: bool = False
+    key_offset: bool = False
 
     def problems(self) -> list[str]:
         found = []
@@ -66,6 +80,23 @@ class MultiHead(Mixer):
         if self.window is not None and self.window_share is not None:
             found.append(
                 f"window={self.window} and window_share={self.window_share} are both set; set one to null"
+            )
+        if self.key_offset and (self.rotary is None or self.rotary.share == 1):
+            found.append("key_offset=true shifts what does not turn of a key; use rotary.share=0.5")
+        return found + self.unpaired()
+
+    def unpaired(self) -> list[str]:
+        """Sentences about what does not go with pairs of heads."""
+        found = []
+        if self.paired and (self.heads % 2 or self.groups % 2):
+            found.append(
+                f"paired=true takes even numbers of heads and key/value heads and got heads={self.heads}, "
+                f"kv_heads={self.kv_heads}; use even ones, or paired=false"
+            )
+        if self.paired and self.scores:
+            found.append(
+                "paired=true has no scores, which count heads and tokens where pairs have entries; use "
+                "scores=[] or paired=false"
             )
         return found
 
@@ -119,10 +150,16 @@ class MultiHead(Mixer):
     def flops(self, dim: int, sequence_length: int) -> int:
         """A share of the plan's window counts as all tokens, since the plan may have none."""
         projections = 2 * 2 * dim * (dim + dim // self.heads * self.groups)
-        window = min(self.window or sequence_length, sequence_length)
+        if self.gate:
+            projections += 2 * min(GATE_WIDTH, dim) * self.heads
+        length, window, width = sequence_length, self.window, dim
+        if self.paired:
+            # Twice the entries, half the heads.
+            length, window, width = 2 * length, window and entries_of(window), dim // 2
+        window = min(window or length, length)
         # The first `window` tokens see 1, 2, ... and the others `window` each.
-        pairs = window * (window + 1) // 2 + (sequence_length - window) * window
-        return projections + 2 * 2 * dim * pairs // sequence_length
+        pairs = window * (window + 1) // 2 + (length - window) * window
+        return projections + 2 * 2 * width * pairs // sequence_length
 
     def window_of(self, context: Context) -> int | None:
         """Tokens that a query sees in this forward pass; None: all before it."""
@@ -148,6 +185,8 @@ class MultiHeadAttention(nn.Module):
             nn.init.zeros_(self.out.weight)
         self.rotary: Any = part.rotary.build(width) if part.rotary else None
         self.scores: Any = nn.ModuleList(score.build(heads=part.heads) for score in part.scores)
+        # Not called a weight, so that optimizers of matrices leave it alone.
+        self.gate_HX = nn.Parameter(torch.zeros(part.heads, min(GATE_WIDTH, dim))) if part.gate else None
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_BTHK, k_BTGK, v_BTGK."""
@@ -162,7 +201,9 @@ class MultiHeadAttention(nn.Module):
 
     def reads_pages(self, q_BTHK: Tensor, cache: Cache) -> bool:
         """Whether the entries are read where they lie, by the kernel for a few new tokens in 16 bits."""
-        if not cache.paged or self.scores or self.part.backend == "plain":
+        part = self.part
+        # The kernel knows neither scores nor entries that are not what is attended to.
+        if not cache.paged or self.scores or part.paired or part.key_offset or part.backend == "plain":
             return False
         few = q_BTHK.shape[1] <= FEW_TOKENS and q_BTHK.dtype in (torch.bfloat16, torch.float16)
         return few and q_BTHK.is_cuda and cannot_run(q_BTHK.device) is None
@@ -184,10 +225,19 @@ class MultiHeadAttention(nn.Module):
         return q, k, v
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        part = self.part
         q, k, v = self.turned(x_BTD, context)
         if context.values_BTD is not None:
             v = v + context.values_BTD.to(v.dtype).view_as(v)
+        y_BTHK = self.attended(q, k, v, context)
+        if self.part.exclusive_self:
+            y_BTHK = exclusive(y_BTHK, v)
+        if self.gate_HX is not None:
+            y_BTHK = gated(y_BTHK, x_BTD, self.gate_HX)
+        return self.out(y_BTHK.flatten(2))
+
+    def attended(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: Context) -> Tensor:
+        """Each head's output, (B, T, H, K); keys and values are cached where there is a cache."""
+        part, q, k, v = self.part, q_BTHK, k_BTGK, v_BTGK
         window = part.window_of(context)
         if context.cache is not None:
             new = {"key": k.flatten(2), "value": v.flatten(2)}
@@ -202,8 +252,11 @@ class MultiHeadAttention(nn.Module):
                     scale=q.shape[-1] ** -0.5,
                     window=window,
                 )
-                return self.out(y_BTHK.flatten(2))
+                return y_BTHK
             cached = context.cache.extend(self.layer, **new)
             k, v = (cached[name].unflatten(2, (part.groups, -1)) for name in new)
-        y_BTHK = attend(q, k, v, context, backend=part.backend, window=window, scores=self.scores)
-        return self.out(y_BTHK.flatten(2))
+        if part.rotary is not None and part.key_offset:
+            k = offset_keys(k, context, turning=part.rotary.turning(k.shape[-1]))
+        if part.paired:
+            return attend_paired(q, k, v, context, backend=part.backend, window=window)
+        return attend(q, k, v, context, backend=part.backend, window=window, scores=self.scores)

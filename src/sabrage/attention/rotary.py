@@ -6,6 +6,10 @@ y1 = x1 cos a + x2 sin a and y2 = -x1 sin a + x2 cos a, computed in fp32.
 YaRN (Peng et al. 2023, arXiv 2309.00071) stretches the positions of a model trained on L tokens by s:
 with r_i = L f_i / 2 pi turns within L, the frequency becomes f_i (g + (1 - g) / s), where g rises from 0 at 1
 turn to 1 at 32, and cosines and sines are multiplied by 0.1 ln s + 1, so that scores grow by its square.
+
+A share below 1 turns the fastest frequencies alone: f_i = 0 from i = share K / 2 on, and those numbers carry
+no position. GPT-NeoX (Black et al. 2022, arXiv 2204.06745) spreads frequencies b^(-2i / (share K)) over what
+turns, which is base b^(1 / share) here; modded-nanogpt turns half, from base 1024^2.
 """
 
 from dataclasses import dataclass
@@ -25,13 +29,15 @@ SLOW_TURNS, FAST_TURNS = 1, 32
 class Rotary(Part):
     """Rotates queries and keys; `max_length` is the number of positions that the tables hold.
 
-    `factor` is YaRN's, for a model trained on `original_length` tokens; 1 changes nothing.
+    `factor` is YaRN's, for a model trained on `original_length` tokens; 1 changes nothing. `share` of a
+    head's pairs turn, the fastest, rounded and at least one; 1 is all.
     """
 
     base: float = 10000.0
     max_length: int = 16384
     factor: float = 1.0
     original_length: int = 1024
+    share: float = 1.0
 
     def problems(self) -> list[str]:
         found = []
@@ -44,7 +50,15 @@ class Rotary(Part):
                 f"rotary factor={self.factor}, original_length={self.original_length}; allowed: 1 or more, "
                 "the length evaluated over the length trained on, and the latter in tokens"
             )
+        if not 0 < self.share <= 1:
+            found.append(
+                f"rotary share={self.share}; allowed: above 0 and at most 1, all; rotary=null turns nothing"
+            )
         return found
+
+    def turning(self, width: int) -> int:
+        """Pairs of a head of this width that turn; its numbers i and i + width / 2 are pair i."""
+        return max(round(self.share * (width // 2)), 1)
 
     def build(self, width: int) -> "RotaryTables":
         """Tables for heads of this width (even)."""
@@ -92,6 +106,7 @@ def tables(part: Rotary, width: int) -> tuple[np.ndarray, np.ndarray]:
     if part.factor != 1:
         frequency_K = stretched(frequency_K, part)
         magnitude = 0.1 * np.log(part.factor) + 1
+    frequency_K[part.turning(width) :] = 0
     angle_TK = np.arange(part.max_length)[:, None] * frequency_K
     cosine_TK, sine_TK = np.cos(angle_TK), np.sin(angle_TK)
     return (magnitude * cosine_TK).astype(np.float32), (magnitude * sine_TK).astype(np.float32)

@@ -1,15 +1,25 @@
-"""Variants of multi-head attention, each one change to the study base."""
+"""Variants of multi-head attention, each one change to the study base.
+
+Gates get AdamW with a rate of their own and no decay. `key-offset` is one change to `partial-rotary`, and is
+to be read beside it.
+"""
 
 from dataclasses import replace
 from typing import Any
 
+from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import Alibi, RelativeBias, SoftCap
+from sabrage.optim.adamw import AdamW
+from sabrage.parts import OptimizerGroup
 from sabrage.recipe import Recipe
 from sabrage.recipes.base import base, variant
 
+GATES = OptimizerGroup(pattern=r"mixer\.gate", optimizer=AdamW(lr=0.005, weight_decay=0.0))
+HALF = Rotary(share=0.5)
 
-def _variant(name: str, summary: str, **changes: Any) -> Recipe:
-    return variant(name, summary, mixers=(replace(base.model.mixers[0], **changes),))
+
+def _variant(name: str, summary: str, *groups: OptimizerGroup, **changes: Any) -> Recipe:
+    return variant(name, summary, *groups, mixers=(replace(base.model.mixers[0], **changes),))
 
 
 attention = (
@@ -25,4 +35,18 @@ attention = (
         scores=(RelativeBias(),),
     ),
     _variant("softcap-attention", "base with attention scores capped at 50", scores=(SoftCap(),)),
+    _variant("attention-gate", "base with a gate on the output of each head", GATES, gate=True),
+    _variant(
+        "exclusive-self",
+        "base with the token's own value taken out of what it attends to",
+        exclusive_self=True,
+    ),
+    _variant("paired-heads", "base with heads that see each other's keys, two by two", paired=True),
+    _variant("partial-rotary", "base with positions in the faster half of each head", rotary=HALF),
+    _variant(
+        "key-offset",
+        "partial-rotary with the other half of each key from the token before",
+        rotary=HALF,
+        key_offset=True,
+    ),
 )
