@@ -211,7 +211,8 @@ def test_the_first_step_is_the_scaled_orthogonalised_gradient(method, function):
 
 def test_the_plans_momentum_overrides_the_parts():
     part = Muon(momentum=0.9)
-    assert part.hyperparameters(knobs(1)) == {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9}
+    own = {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9, "partial": False}
+    assert part.hyperparameters(knobs(1)) == own
     assert part.hyperparameters(knobs(0, momentum=0.5))["momentum"] == 0.5
     planned, own = trained(part, momentum=0.5), trained(dataclasses.replace(part, momentum=0.5))
     assert all(torch.equal(planned[name], own[name]) for name in own)

@@ -164,9 +164,9 @@ def test_validation_sees_through_the_plans_window_or_a_larger_one_that_is_declar
     windows = Stages(values=(128, 512), starts=(0, 90))
     recipe = replace(recipe, plan=replace(recipe.plan, window=windows))
     assert [recipe.evaluation_window(step) for step in (0, 90, 91, 360)] == [128, 128, 512, 512]
-    assert recipe.evaluation_windows() == [128, 512]
+    assert recipe.evaluation_shapes() == [(128, None), (512, None)]
     for declared, expected in ((256, [256, 512]), (1024, [1024])):
         wider = override(recipe, f"budget.evaluation_window={declared}")
-        assert wider.evaluation_windows() == expected
-    assert override(recipe, "budget.evaluate_every=0").evaluation_windows() == [512]
-    assert find("base").evaluation_windows() == [None]
+        assert wider.evaluation_shapes() == [(window, None) for window in expected]
+    assert override(recipe, "budget.evaluate_every=0").evaluation_shapes() == [(512, None)]
+    assert find("base").evaluation_shapes() == [(None, None)]
