@@ -27,8 +27,7 @@ class Knobs:
 
     `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
     `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
-    `window` is how many tokens a windowed layer sees, itself included; None: all before it. `layers` is how
-    many layers are active; None: all.
+    `window` is how many tokens a windowed layer sees, itself included, `layers` how many work; None: all.
     """
 
     step: int
