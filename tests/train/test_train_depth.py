@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from sabrage.config import resolve
 from sabrage.optim.adamw import AdamW
 from sabrage.optim.muon import Muon, compiled_update
 from sabrage.parts import Batch, OptimizerGroup
 from sabrage.plan import Stages
+from sabrage.precision.autocast import Bf16
 from sabrage.run.clocks import Clocks
-from sabrage.run.device import DeviceFacts
+from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import RunFolder
 from sabrage.train.loop import allow_graphs, make_loader
 from sabrage.train.recorder import Recorder
@@ -144,6 +147,29 @@ def test_one_graph_a_depth_and_nothing_compiles_after_the_warm_up(grown, assembl
     steps(grown, step, first=SWITCH)
     evaluator(*grown.evaluation_shape(12))
     assert counting.graphs == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu_the_switch_compiles_nothing_waits_for_nothing_and_keeps_the_loss(grown, assemble):
+    recipe = resolve(replace(grown, precision=Bf16()), probe("cuda"))
+    session, step, evaluator = assemble(recipe, device="cuda", compile=True)
+    allow_graphs(recipe)
+    warm_up(session, step, recipe.plan.stages(), evaluator, vocab_size=257, say=pytest.fail)
+    graphs = counters["stats"]["unique_graphs"]
+    with make_loader(recipe, recipe.data.open(), step.world, step=0, block=0) as loader:
+        batches = [Batch(*next(loader)) for _ in range(12)]
+    torch.cuda.synchronize()
+    for number, batch in enumerate(batches):
+        if number == SWITCH:
+            assert evaluator(None, 2) == pytest.approx(evaluator(None, 4), rel=1e-3)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(batch, recipe.plan.at(number))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert evaluator(None, 4) != evaluator(None, 2)
 
 
 def test_utilisation_counts_the_layers_that_worked(grown, tmp_path):
