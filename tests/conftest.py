@@ -119,7 +119,7 @@ def assemble(one_thread):
         evaluator = Evaluator(
             learner.model, recipe.precision, world, recipe.data.open().validation,
             num_targets=budget.evaluation_tokens, length=budget.evaluation_length,
-            batch_tokens=micro_tokens, compile=compile, windows=recipe.evaluation_windows(),
+            batch_tokens=micro_tokens, compile=compile, shapes=recipe.evaluation_shapes(),
         )  # fmt: skip
         return Session(learner, optimizers), step, evaluator
 

@@ -50,14 +50,15 @@ class Context:
     """What a part may know beside its input: absolute positions (None: 0 to T-1), documents, the cache.
 
     `tokens_BT` is what the model was given, `values_BTD` what the mixer that is called adds to its values.
-    `window` is the plan's, as in `Knobs`. In training a part may add terms to the loss with `add_loss`, and
-    numbers to the log with `note`.
+    `window` and `layers` are the plan's, as in `Knobs`; with a cache all layers are active. In training a
+    part may add terms to the loss with `add_loss`, and numbers to the log with `note`.
     """
 
     positions_BT: Tensor | None = None
     documents_BT: Tensor | None = None
     cache: Cache | None = None
     window: int | None = None
+    layers: int | None = None
     tokens_BT: Tensor | None = None
     values_BTD: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)

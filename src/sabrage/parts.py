@@ -27,7 +27,7 @@ class Knobs:
 
     `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
     `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
-    `window` is how many tokens a windowed layer sees, itself included; None: all before it.
+    `window` is how many tokens a windowed layer sees, itself included, `layers` how many work; None: all.
     """
 
     step: int
@@ -38,6 +38,7 @@ class Knobs:
     momentum: float | None = None
     loss_weights: tuple[float, ...] = ()
     window: int | None = None
+    layers: int | None = None
     steps: int = 1
 
 

@@ -1,7 +1,8 @@
 """Everything that varies in time, as functions of the step: `Plan.at(step) -> Knobs`.
 
-Floats reach compiled code as tensors and optimizer hyperparameters. Sequence lengths, batch sizes and windows
-are built into compiled code, so they come in few stages, which the warm-up can list and compile beforehand.
+Floats reach compiled code as tensors and optimizer hyperparameters. Sequence lengths, batch sizes, windows
+and active layers are built into compiled code, so they come in few stages, which the warm-up can list and
+compile beforehand.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -132,8 +133,9 @@ class Stages(Part):
 class Plan(Part):
     """The course of a run; `tokens_per_step`, `sequence_length` and `window` are in tokens.
 
-    `window` is how many tokens a windowed layer sees, None meaning all. `momentum` is a value, not a
-    multiplier: it overrides that of the optimizers that have one; None leaves them their own.
+    `window` is how many tokens a windowed layer sees and `layers` how many layers are active, as
+    `sabrage.model.depth` chooses them; None means all. `momentum` is a value, not a multiplier: it overrides
+    that of the optimizers that have one; None leaves them their own.
     `loss_weights` are the objective's, as many as it takes.
     """
 
@@ -145,6 +147,7 @@ class Plan(Part):
     loss_weights: tuple[Schedule, ...] = ()
     momentum: Schedule | None = None
     window: int | Stages | None = None
+    layers: Stages | None = None
 
     def problems(self) -> list[str]:
         found = []
@@ -177,7 +180,7 @@ class Plan(Part):
 
     def shapes(self) -> tuple[int | Stages | None, ...]:
         """What is built into compiled code."""
-        return self.tokens_per_step, self.sequence_length, self.window
+        return self.tokens_per_step, self.sequence_length, self.window, self.layers
 
     def at(self, step: int) -> Knobs:
         """All knobs at `step` (from 0)."""
@@ -191,6 +194,7 @@ class Plan(Part):
             tokens_per_step=staged(self.tokens_per_step, step),
             loss_weights=tuple(weight.at(step, self.steps) for weight in self.loss_weights),
             window=None if self.window is None else staged(self.window, step),
+            layers=None if self.layers is None else self.layers.at(step),
         )
 
     def stages(self) -> list[Knobs]:

@@ -101,7 +101,7 @@ class Recipe(Part):
         found += self.unfit_objective()
         lengths = {"budget.evaluation_length": self.budget.evaluation_length}
         if not self.plan.problems() and not self.data.problems():
-            found += self.misfits()
+            found += self.misfits() + self.unfit_layers()
             longest = max(knobs.sequence_length for knobs in self.plan.stages())
             lengths |= {"plan.sequence_length": longest}
         limits = self.model.max_lengths() | max_lengths(self.objective, "objective")
@@ -148,6 +148,22 @@ class Recipe(Part):
                 )
         return found
 
+    def unfit_layers(self) -> list[str]:
+        """Sentences about active layers that the model does not have, or that are not all in the end."""
+        has, stages = self.model.layers, [(knobs.step, knobs.layers) for knobs in self.plan.stages()]
+        found = [
+            f"at step {step}: plan.layers is {active} and model.layers={has}; allowed: 1 to {has}"
+            for step, active in stages
+            if active is not None and active > has
+        ]
+        _, last = stages[-1]
+        if last is not None and last < has:
+            found.append(
+                f"plan.layers is {last} at the last of plan.steps={self.plan.steps}, and the model is used "
+                f"with all model.layers={has}; let the plan reach {has}, or use plan.layers=null"
+            )
+        return found
+
     def narrow(self, facts: Any) -> Any:
         documents = self.data.separates
         return replace(facts, products=self.precision.peak(), dim=self.model.dim, documents=documents)
@@ -163,11 +179,15 @@ class Recipe(Part):
         window = self.plan.at(max(step - 1, 0)).window
         return None if window is None else max(window, self.budget.evaluation_window or 0)
 
-    def evaluation_windows(self) -> list[int | None]:
-        """The windows of all validations of the run, each once."""
+    def evaluation_shape(self, step: int) -> tuple[int | None, int | None]:
+        """The window and the active layers of a validation after `step` steps, those of the last step."""
+        return self.evaluation_window(step), self.plan.at(max(step - 1, 0)).layers
+
+    def evaluation_shapes(self) -> list[tuple[int | None, int | None]]:
+        """Those of all validations of the run, each once."""
         every, steps = self.budget.evaluate_every, self.plan.steps
         ends = [*range(every, steps, every), steps] if every else [steps]
-        return list(dict.fromkeys(map(self.evaluation_window, ends)))
+        return list(dict.fromkeys(map(self.evaluation_shape, ends)))
 
     def validate(self, facts: DeviceFacts | None = None) -> Self:
         """The recipe itself when nothing is wrong; ConfigError naming ALL problems otherwise."""

@@ -211,7 +211,8 @@ def test_the_first_step_is_the_scaled_orthogonalised_gradient(method, function):
 
 def test_the_plans_momentum_overrides_the_parts():
     part = Muon(momentum=0.9)
-    assert part.hyperparameters(knobs(1)) == {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9}
+    own = {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.9, "partial": False}
+    assert part.hyperparameters(knobs(1)) == own
     assert part.hyperparameters(knobs(0, momentum=0.5))["momentum"] == 0.5
     planned, own = trained(part, momentum=0.5), trained(dataclasses.replace(part, momentum=0.5))
     assert all(torch.equal(planned[name], own[name]) for name in own)
@@ -280,6 +281,35 @@ def test_compiled_shapes_do_not_share_one_recompile_limit():
 def test_on_the_cpu_the_update_is_not_compiled():
     optimizer = Muon(compile=True).build(named_parameters())
     assert all(batch.update is update for batch in optimizer.batches)
+
+
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL])
+def test_while_layers_are_idle_those_without_gradient_stay_and_the_others_move_as_alone(part):
+    named, alone = named_parameters(layers=3), named_parameters(layers=3)
+    working = [pair for pair in alone if not pair[0].startswith("1.")]
+    optimizers, reference = optimizers_of(part, named), optimizers_of(part, working)
+    before = None
+    for step in range(4):
+        give_gradients(named, seed=step)
+        give_gradients(working, seed=step)
+        if step in (1, 2):
+            # Beforehand all moved, so that the idle ones have a momentum that could fade.
+            before = before or {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
+            weights = {name: parameter.detach().clone() for name, parameter in named}
+            for name, parameter in named:
+                parameter.grad = None if name.startswith("1.") else parameter.grad
+        optimizers.step(knobs(step, layers=2 if step in (1, 2) else 3))
+        reference.step(knobs(step))
+        state, stayed = optimizers.state_tensors(), step in (1, 2)
+        for name, parameter in named:
+            if name.startswith("1.") and stayed:
+                assert torch.equal(parameter, weights[name])
+                assert torch.equal(state[f"{name}/momentum"], before[f"{name}/momentum"])
+    assert any(name.endswith("/variance") for name in state) == part.normuon
+    for name, parameter in working:
+        torch.testing.assert_close(dict(named)[name], parameter, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(dict(named)["1.out"], weights["1.out"])
+    assert not torch.equal(state["1.out/momentum"], before["1.out/momentum"])
 
 
 def test_a_parameter_without_gradient_is_named_unless_its_whole_shape_has_none():

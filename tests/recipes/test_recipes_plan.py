@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sabrage.config import override
+from sabrage.config import ConfigError, override
 from sabrage.plan import Constant, Plan, Ramp, Stages, Trapezoid
 from sabrage.recipes import find
 
@@ -129,6 +129,39 @@ def test_stages_list_every_window_once_a_stretch_of_constant_shapes():
     assert [(knobs.step, knobs.window) for knobs in half.stages()] == [(0, 8), (1, 16), (2, 24)]
 
 
+def test_active_layers_are_a_knob_in_stages_of_their_own_that_a_shorter_run_keeps():
+    assert make().at(3).layers is None
+    plan = make(layers=Stages(values=(2, 4), starts=(0, 4)), window=Stages(values=(8, 16), starts=(0, 6)))
+    shapes = [(knobs.step, knobs.layers, knobs.window) for knobs in plan.stages()]
+    assert shapes == [(0, 2, 8), (4, 4, 8), (6, 4, 16)]
+    assert plan.scaled(5).layers == Stages(values=(2, 4), starts=(0, 2))
+
+
+def test_validation_uses_the_layers_that_the_last_step_had():
+    recipe = find("grown").validate()
+    assert [recipe.evaluation_shape(step) for step in (0, 120, 121)] == [(None, 6), (None, 6), (None, 12)]
+    assert recipe.evaluation_shapes() == [(None, 6), (None, 12)]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["plan.layers.values=[6, 13]"], "at step 120: plan.layers is 13 and model.layers=12"),
+        (["model.layers=6"], "at step 120: plan.layers is 12 and model.layers=6"),
+        (["plan.steps=120"], "plan.layers is 6 at the last of plan.steps=120"),
+        (["plan.layers.values=[0, 12]"], "values be at least 1"),
+    ],
+)
+def test_layers_that_the_model_lacks_or_that_never_come_are_refused(assignments, said):
+    recipe = find("grown")
+    for assignment in assignments:
+        recipe = override(recipe, assignment)
+    with pytest.raises(ConfigError) as error:
+        recipe.validate()
+    assert said in str(error.value)
+    assert override(find("grown").scaled(3), "plan.layers=null").validate().plan.layers is None
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -164,9 +197,9 @@ def test_validation_sees_through_the_plans_window_or_a_larger_one_that_is_declar
     windows = Stages(values=(128, 512), starts=(0, 90))
     recipe = replace(recipe, plan=replace(recipe.plan, window=windows))
     assert [recipe.evaluation_window(step) for step in (0, 90, 91, 360)] == [128, 128, 512, 512]
-    assert recipe.evaluation_windows() == [128, 512]
+    assert recipe.evaluation_shapes() == [(128, None), (512, None)]
     for declared, expected in ((256, [256, 512]), (1024, [1024])):
         wider = override(recipe, f"budget.evaluation_window={declared}")
-        assert wider.evaluation_windows() == expected
-    assert override(recipe, "budget.evaluate_every=0").evaluation_windows() == [512]
-    assert find("base").evaluation_windows() == [None]
+        assert wider.evaluation_shapes() == [(window, None) for window in expected]
+    assert override(recipe, "budget.evaluate_every=0").evaluation_shapes() == [(512, None)]
+    assert find("base").evaluation_shapes() == [(None, None)]

@@ -141,7 +141,7 @@ def test_targets_of_unequal_weight_are_caught():
 class ByTargets(Evaluator):
     """Tells documents apart one token too early: the mask of an input shows that its target is the last."""
 
-    def score(self, tokens_BT, targets_BT, window=None):
+    def score(self, tokens_BT, targets_BT, window=None, layers=None):
         documents_BT = (targets_BT == self.end_of_text).cumsum(1)
         h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT))
         return self.model.head.loss(h_BTD, targets_BT)

@@ -141,7 +141,13 @@ def with_stages(recipe):
     return replace(recipe, plan=replace(recipe.plan, sequence_length=lengths))
 
 
-@pytest.mark.parametrize("change", [with_dropout, with_gradients_that_wait, with_stages])
+def with_growing_depth(recipe):
+    return with_gradients_that_wait(
+        replace(recipe, plan=replace(recipe.plan, layers=Stages(values=(1, 2), starts=(0, 7))))
+    )
+
+
+@pytest.mark.parametrize("change", [with_dropout, with_gradients_that_wait, with_stages, with_growing_depth])
 def test_whatever_the_rest_of_the_run_depends_on_is_in_the_checkpoint(tiny, run_recipe, change):
     recipe = override(override(change(tiny), "budget.checkpoint_every=5"), "budget.keep_checkpoints=3")
     _, whole = run_recipe(recipe)

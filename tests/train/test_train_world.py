@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from sabrage.config import override
 from sabrage.run.folder import read_run
 
 
@@ -42,8 +43,13 @@ def run_two(arguments, folder):
     return outputs, [process.returncode for process in processes]
 
 
-def test_two_processes_give_the_losses_of_one_and_one_run_folder(tiny, tiny_options, run_recipe, tmp_path):
-    outputs, codes = run_two([*tiny_options, "--set", "runtime.micro_batch=1"], tmp_path)
+@pytest.mark.parametrize("layers", ["null", '{"part": "Stages", "values": [1, 2], "starts": [0, 6]}'])
+def test_two_processes_give_the_losses_of_one_and_one_run_folder(
+    tiny, tiny_options, run_recipe, tmp_path, layers
+):
+    tiny = override(tiny, f"plan.layers={layers}")
+    more = ["--set", "runtime.micro_batch=1", "--set", f"plan.layers={layers}"]
+    outputs, codes = run_two([*tiny_options, *more], tmp_path)
     assert codes == [0, 0], outputs
     (folder,) = (tmp_path / "runs").iterdir()
     run, (_, alone) = read_run(folder), run_recipe(tiny)

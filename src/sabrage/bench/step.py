@@ -84,15 +84,14 @@ def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[st
     optimizer_ms = milliseconds(lambda: optimizers.step(knobs))
     speed = knobs.tokens_per_step / step_ms * 1e3
     peak = facts.peaks.get(recipe.precision.peak())
+    flops = flops_per_token(recipe.model, knobs.sequence_length, recipe.objective, active=knobs.layers)
     return {
         "recipe": recipe.name,
         "step_ms": step_ms,
         "optimizer_ms": optimizer_ms,
         "optimizer_share": optimizer_ms / step_ms,
         "tokens_per_second": speed,
-        "mfu": flops_per_token(recipe.model, knobs.sequence_length, recipe.objective) * speed / peak
-        if peak
-        else None,
+        "mfu": flops * speed / peak if peak else None,
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "compile_seconds": compiled,
         "note": "",

@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 from sabrage.losses import Objective
+from sabrage.model.depth import active_layers
 from sabrage.model.lm import LM, ModelSpec
 
 # Bytes of saved activations per token, layer and unit of width, bf16 autocast over an fp32 residual
@@ -37,12 +38,14 @@ def objective_parameters(objective: Objective, spec: ModelSpec) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops_per_token(spec: ModelSpec, sequence_length: int, objective: Objective | None = None) -> int:
+def flops_per_token(
+    spec: ModelSpec, sequence_length: int, objective: Objective | None = None, *, active: int | None = None
+) -> int:
     """Matrix-product FLOPs of one token's forward and backward pass (backward counted as twice forward).
 
-    With the `objective` those of training, without it those of the model.
+    With the `objective` those of training, without it those of the model; `active` layers work, None: all.
     """
-    layers = range(spec.layers)
+    layers = active_layers(spec.layers, spec.layers if active is None else active)
     forward = sum(spec.mixer(layer).flops(spec.dim, sequence_length) for layer in layers)
     forward += sum(spec.feedforward(layer).flops(spec.dim) for layer in layers)
     head = spec.head.flops(spec.dim, spec.vocab_size)

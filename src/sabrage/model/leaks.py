@@ -52,14 +52,21 @@ class Disturbance:
 class Subject:
     """A model under examination: every run begins with the same random state and the same buffers.
 
-    `window` is the plan's. `largest` is the largest movement, as a share of the largest output, that was
-    taken for rounding.
+    `window` and `layers` are the plan's. `largest` is the largest movement, as a share of the largest output,
+    that was taken for rounding.
     """
 
     def __init__(
-        self, model: LM, *, length: int, precision: Precision | None = None, window: int | None = None
+        self,
+        model: LM,
+        *,
+        length: int,
+        precision: Precision | None = None,
+        window: int | None = None,
+        layers: int | None = None,
     ) -> None:
-        self.model, self.precision, self.window = model, precision, window
+        self.model, self.precision = model, precision
+        self.window, self.layers = window, layers
         self.device = next(model.parameters()).device
         self.rounding = ROUNDING.get(precision.peak() if precision else "fp32", NARROW_ROUNDING)
         self.buffers = [buffer.clone() for buffer in model.buffers()]
@@ -105,7 +112,8 @@ class Subject:
     def logits(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         """The model's logits, (B, T, V)."""
         with self.repeatable(), torch.no_grad():
-            return self.model.logits(tokens_BT, Context(documents_BT=documents_BT, window=self.window))
+            context = Context(documents_BT=documents_BT, window=self.window, layers=self.layers)
+            return self.model.logits(tokens_BT, context)
 
     def calls(self, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> dict[str, tuple[Any, Any]]:
         """What every part that is used is given in its first call, by the part's name."""

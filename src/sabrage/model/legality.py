@@ -54,12 +54,18 @@ class Legality:
 
 
 def quick(
-    spec: ModelSpec, *, max_length: int, documents: bool = False, window: int | None = None
+    spec: ModelSpec,
+    *,
+    max_length: int,
+    documents: bool = False,
+    window: int | None = None,
+    layers: int | None = None,
 ) -> Legality:
     """`examine` for a shrunken copy with random weights, in fp32 on the CPU: about a second.
 
     `max_length` is the longest row that the model is ever given; a `window` is narrowed until it hides
-    something of the short rows. The random state is left as it was.
+    something of the short rows, and active `layers` lessened until one of the few is idle. The random state
+    is left as it was.
     """
     threads = torch.get_num_threads()
     # So little work is done sooner by one thread, by far where others compute as well.
@@ -68,7 +74,8 @@ def quick(
         model = scramble(build_model(shrink(spec), seed=0))
         length = min(border_of(spec) + 8, max_length)
         window = None if window is None else min(window, length // 2)
-        return examine(model, length=length, documents=documents, window=window)
+        layers = None if layers is None else max(min(layers, model.spec.layers - 1), 1)
+        return examine(model, length=length, documents=documents, window=window, layers=layers)
     finally:
         torch.set_num_threads(threads)
 
@@ -121,14 +128,15 @@ def examine(
     precision: Precision | None = None,
     documents: bool = False,
     window: int | None = None,
+    layers: int | None = None,
 ) -> Legality:
     """Tries every property on two sequences of `length` (at least 2) random tokens, on the model's device.
 
     `precision` is that of the matrix products (None: fp32); with `documents` the model claims to keep the
-    documents of a row apart; `window` is the plan's. Weights, mode, buffers and random state are left as they
-    were.
+    documents of a row apart; `window` and `layers` are the plan's. Weights, mode, buffers and random state
+    are left as they were.
     """
-    subject = Subject(model, length=max(length, 2), precision=precision, window=window)
+    subject = Subject(model, length=max(length, 2), precision=precision, window=window, layers=layers)
     was_training = model.training
     leaks: dict[str, list[str | None]] = {}
     for mode in ("eval", "train"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sabrage.config import Part, leaves, walk
 from sabrage.context import Context
+from sabrage.model.depth import with_idle
 from sabrage.parts import Embedding, FeedForward, Head, Mixer, Wiring
 
 
@@ -121,7 +122,7 @@ class LM(nn.Module):
         context = context or Context()
         context.tokens_BT = tokens_BT
         x_BTD = self.embedding(tokens_BT, context)
-        return self.wiring(x_BTD, self.blocks, context)
+        return self.wiring(x_BTD, with_idle(self.blocks, context), context)
 
     def logits(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
         """Next-token logits at every position, (B, T, V)."""

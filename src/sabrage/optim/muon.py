@@ -90,6 +90,7 @@ class Muon(Optimizer):
             "lr": self.lr * knobs.lr,
             "weight_decay": self.weight_decay * knobs.weight_decay,
             "momentum": self.momentum if knobs.momentum is None else knobs.momentum,
+            "partial": knobs.layers is not None,
         }
 
     def due(self, step: int) -> bool:
@@ -136,7 +137,8 @@ def update(
     weights: list[Tensor],
     gradients: list[Tensor],
     momentum_SMN: Tensor,
-    variance_SM1: Tensor | None,
+    variance_SM1: Tensor | None = None,
+    *,
     lr: Tensor,
     weight_decay: Tensor,
     momentum: Tensor,
@@ -176,35 +178,59 @@ def compiled_update(name: str, *, backend: str | Callable[..., Any] = "inductor"
     Compiled code and the limit on recompiling belong to a code object: each caller gets a copy, so that many
     shapes, and many runs in one process, do not use up one limit.
     """
-    copy = FunctionType(update.__code__.replace(co_name=name), update.__globals__, name)
+    copy = FunctionType(update.__code__.replace(co_name=name), update.__globals__, name, update.__defaults__)
     return torch.compile(copy, fullgraph=True, dynamic=False, backend=backend)
 
 
 @dataclass
 class ShapeBatch:
-    """All parameters made of (M, N) matrices of one number format, and their state, stacked."""
+    """All parameters made of (M, N) matrices of one number format, and their state, stacked.
+
+    `counts` is how many matrices each parameter has.
+    """
 
     names: list[str]
     parameters: list[nn.Parameter]
+    counts: list[int]
     momentum_SMN: Tensor
     variance_SM1: Tensor | None
     update: Callable[..., None]
 
-    def gradients(self) -> list[Tensor] | None:
-        """The parameters' gradients, or None where no parameter has one. Raises ValueError if some have."""
-        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if found and len(found) < len(self.parameters):
-            pairs = zip(self.names, self.parameters, strict=True)
-            missing = [name for name, parameter in pairs if parameter.grad is None]
+    def moving(self, *, partial: bool) -> list[int]:
+        """The indices of the parameters that have a gradient.
+
+        Raises ValueError where only some have one, unless `partial`: then the plan leaves layers idle.
+        """
+        found = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if found and len(found) < len(self.parameters) and not partial:
+            missing = next(index for index in range(len(self.parameters)) if index not in found)
             raise ValueError(
-                f"{missing[0]!r} has no gradient while others of its shape have one; let the loss reach it, "
-                "freeze it (requires_grad=False) or give it to an optimizer with other settings"
+                f"{self.names[missing]!r} has no gradient while others of its shape have one; let the loss "
+                "reach it, freeze it (requires_grad=False) or give it to an optimizer with other settings"
             )
-        return found or None
+        return found
+
+    def step(
+        self, part: Muon, moving: list[int], values: dict[str, Tensor], found_inf: Tensor | None
+    ) -> None:
+        """Moves the parameters of these indices; the others and their state stay as they are."""
+        moved = [self.parameters[index] for index in moving]
+        weights = [parameter.detach() for parameter in moved]
+        gradients = [parameter.grad for parameter in moved]
+        stacks = [stack for stack in (self.momentum_SMN, self.variance_SM1) if stack is not None]
+        if len(moving) == len(self.parameters):
+            self.update(part, weights, gradients, *stacks, **values, found_inf=found_inf)
+            return
+        # Those that move get a stack of their own: one product for all, and none for the others.
+        pieces = [[stack.split(self.counts)[index] for index in moving] for stack in stacks]
+        gathered = [torch.cat(own) for own in pieces]
+        self.update(part, weights, gradients, *gathered, **values, found_inf=found_inf)
+        for own, stack in zip(pieces, gathered, strict=True):
+            torch._foreach_copy_(own, list(stack.split([len(piece) for piece in own])))
 
 
 class MuonOptimizer(torch.optim.Optimizer):
-    """The optimizer of the part `Muon`, with one parameter group: lr, weight_decay and momentum.
+    """The optimizer of the part `Muon`, with one parameter group: lr, weight_decay, momentum and partial.
 
     Momentum (and NorMuon's second moment) are float32 and stacked by shape; `state` shows each parameter its
     own part of the stack, so writing into a state tensor is how state is restored.
@@ -212,7 +238,7 @@ class MuonOptimizer(torch.optim.Optimizer):
 
     def __init__(self, part: Muon, parameters: list[tuple[str, nn.Parameter]]) -> None:
         defaults = {"lr": part.lr, "weight_decay": part.weight_decay, "momentum": part.momentum}
-        super().__init__([parameter for _, parameter in parameters], defaults)
+        super().__init__([parameter for _, parameter in parameters], defaults | {"partial": False})
         self.part = part
         self.found_inf: Tensor | None = None
         by_shape: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter, int]]] = {}
@@ -239,6 +265,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         return ShapeBatch(
             names=[name for name, _, _ in members],
             parameters=[parameter for _, parameter, _ in members],
+            counts=[number for _, _, number in members],
             momentum_SMN=momentum_SMN,
             variance_SM1=variance_SM1,
             update=compiled_update(f"muon_{rows}x{columns}") if compiles else update,
@@ -246,24 +273,18 @@ class MuonOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step, unless `found_inf` holds 1; shapes without a gradient are left alone. No device sync."""
+        """One step, unless `found_inf` holds 1; shapes without a gradient are left alone. No device sync.
+
+        With the group's `partial` so are single parameters, and how many there are is a shape of the update.
+        """
         (group,) = self.param_groups
         # A fill is a launch, not a copy from the host: nothing waits, and changed values recompile nothing.
         for key, value in self.values.items():
             value.fill_(group[key])
         for batch in self.batches:
-            gradients = batch.gradients()
-            if gradients is not None:
-                weights = [parameter.detach() for parameter in batch.parameters]
-                batch.update(
-                    self.part,
-                    weights,
-                    gradients,
-                    batch.momentum_SMN,
-                    batch.variance_SM1,
-                    **self.values,
-                    found_inf=self.found_inf,
-                )
+            moving = batch.moving(partial=group["partial"])
+            if moving:
+                batch.step(self.part, moving, self.values, self.found_inf)
 
     def load_state_dict(self, state_dict: object) -> None:
         raise NotImplementedError("Muon's state is stacked: restore it with Optimizers.load_state_tensors")

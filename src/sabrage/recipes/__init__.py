@@ -11,6 +11,7 @@ from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
 from sabrage.recipes.fast import fast
 from sabrage.recipes.fused import fused
+from sabrage.recipes.growth import growth
 from sabrage.recipes.latent import latent
 from sabrage.recipes.multi_token import multi_token
 from sabrage.recipes.nocap import nocap, nocap_mini
@@ -25,6 +26,7 @@ GROUPS = (
     multi_token,
     latent,
     architecture,
+    growth,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 

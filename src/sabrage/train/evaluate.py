@@ -22,10 +22,10 @@ SHORTEST_STRETCH = 64
 
 
 class Evaluator:
-    """evaluator(window) -> loss; rows of `length` tokens, `batch_tokens` tokens at a time.
+    """evaluator(window, layers) -> loss; rows of `length` tokens, `batch_tokens` tokens at a time.
 
-    `windows` are those that it will be asked for, which the warm-up compiles. With `end_of_text` the
-    documents of a row, each of which begins with it, do not see each other.
+    `shapes` are the windows and active layers that it will be asked for, which the warm-up compiles. With
+    `end_of_text` the documents of a row, each of which begins with it, do not see each other.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Evaluator:
         length: int,
         batch_tokens: int,
         compile: bool,
-        windows: Sequence[int | None] = (None,),
+        shapes: Sequence[tuple[int | None, int | None]] = ((None, None),),
         end_of_text: int | None = None,
     ) -> None:
         if len(validation) < num_targets + 1:
@@ -50,23 +50,35 @@ class Evaluator:
         self.model, self.precision, self.world = model, precision, world
         self.tokens = validation[: num_targets + 1].astype(np.int64)
         self.num_targets, self.length = num_targets, length
-        self.windows, self.end_of_text = windows, end_of_text
+        self.shapes, self.end_of_text = shapes, end_of_text
         self.batch_rows = max(min(batch_tokens, num_targets) // length, 1)
         self.forward: Callable = compiled(self._forward, compile)
 
-    def score(self, tokens_BT: Tensor, targets_BT: Tensor, window: int | None = None) -> Tensor:
+    def score(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        window: int | None = None,
+        layers: int | None = None,
+    ) -> Tensor:
         """The mean loss of a batch over its targets that are not -1, a 0-D tensor."""
         documents_BT = None
         if self.end_of_text is not None:
             # Outside of the graph, which then takes documents as that of training does: as an input.
             documents_BT = (tokens_BT == self.end_of_text).cumsum(1, dtype=torch.int32)
-        return self.forward(tokens_BT, targets_BT, documents_BT, window)
+        return self.forward(tokens_BT, targets_BT, documents_BT, window, layers)
 
     def _forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None, window: int | None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        documents_BT: Tensor | None,
+        window: int | None,
+        layers: int | None,
     ) -> Tensor:
         with self.precision.autocast(self.world.device):
-            h_BTD = self.model(tokens_BT, Context(documents_BT=documents_BT, window=window))
+            context = Context(documents_BT=documents_BT, window=window, layers=layers)
+            h_BTD = self.model(tokens_BT, context)
             return self.model.head.loss(h_BTD, targets_BT)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,10 +92,12 @@ class Evaluator:
             inputs, outputs = (torch.from_numpy(array).to(self.world.device) for array in pair)
             yield inputs, outputs
 
-    def __call__(self, window: int | None = None) -> float:
-        return self.total(window) / self.num_targets
+    def __call__(self, window: int | None = None, layers: int | None = None) -> float:
+        return self.total(window, layers) / self.num_targets
 
-    def by_position(self, window: int | None = None) -> list[tuple[int, int, float]]:
+    def by_position(
+        self, window: int | None = None, layers: int | None = None
+    ) -> list[tuple[int, int, float]]:
         """(first, end, loss) of the targets at positions from `first` to before `end` of their rows.
 
         The stretches grow by powers of two, so that it shows what each doubling of the context brings.
@@ -94,11 +108,11 @@ class Evaluator:
         found = []
         for first, end in pairwise(ends):
             count = whole * (end - first) + max(min(rest, end) - first, 0)
-            found.append((first, end, self.total(window, slice(first, end)) / count))
+            found.append((first, end, self.total(window, layers, slice(first, end)) / count))
         return found
 
     @torch.no_grad()
-    def total(self, window: int | None, positions: slice | None = None) -> float:
+    def total(self, window: int | None, layers: int | None, positions: slice | None = None) -> float:
         """The summed loss of all targets, or of those at some positions of their rows."""
         was_training = self.model.training
         self.model.eval()
@@ -111,7 +125,7 @@ class Evaluator:
                 targets_BT = torch.full_like(targets_BT, -1)
                 targets_BT[:, positions] = chosen_BT
             count = (targets_BT >= 0).sum()
-            loss = self.score(tokens_BT, targets_BT, window).float() * count
+            loss = self.score(tokens_BT, targets_BT, window, layers).float() * count
             # The mean over no target is no number.
             sums.append(loss if positions is None else torch.where(count > 0, loss, 0.0))
         self.model.train(was_training)

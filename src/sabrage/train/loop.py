@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,12 +141,12 @@ def run_steps(
                     raise TrainingStopped(recorder.not_finite(session.step, values))
                 if evaluating:
                     with clocks.phase("validation"):
-                        window = recipe.evaluation_window(session.step)
-                        loss = evaluator(window)
+                        shape = recipe.evaluation_shape(session.step)
+                        loss = evaluator(*shape)
                     recorder.validated(session.step, loss)
                     if last and budget.by_position:
                         with clocks.phase("validation"):
-                            recorder.told_by_position(evaluator.by_position(window))
+                            recorder.told_by_position(evaluator.by_position(*shape))
                 reached = evaluating and recorder.reached(budget.target)
                 if keeping or reached:
                     with clocks.phase("checkpoint"):
@@ -165,11 +166,16 @@ def due(step: int, every: int) -> bool:
 
 
 def examined(recipe: Recipe) -> Legality:
-    """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError."""
+    """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError.
+
+    Where the run begins with fewer layers the model has to be legal with those as well.
+    """
     documents = recipe.data.separates or recipe.budget.evaluation_documents
-    window = recipe.plan.at(0).window
-    length = longest_row(recipe)
-    return quick(recipe.model, max_length=length, documents=documents, window=window).require()
+    first, length = recipe.plan.at(0), longest_row(recipe)
+    look = partial(quick, recipe.model, max_length=length, documents=documents, window=first.window)
+    if first.layers is not None:
+        look(layers=first.layers).require()
+    return look().require()
 
 
 def longest_row(recipe: Recipe) -> int:
@@ -224,7 +230,7 @@ def make_loader(recipe: Recipe, corpus: Corpus, world: World, *, step: int, bloc
 def make_evaluator(
     recipe: Recipe, model: LM, world: World, corpus: Corpus, *, micro_tokens: int
 ) -> Evaluator:
-    """The fixed metric of this recipe, in every window that the run will ask for."""
+    """The fixed metric of this recipe, in every window and depth that the run will ask for."""
     return Evaluator(
         model,
         recipe.precision,
@@ -234,7 +240,7 @@ def make_evaluator(
         length=recipe.budget.evaluation_length,
         batch_tokens=micro_tokens,
         compile=recipe.runtime.compile == "on",
-        windows=recipe.evaluation_windows(),
+        shapes=recipe.evaluation_shapes(),
         end_of_text=corpus.end_of_text if recipe.budget.evaluation_documents else None,
     )
 
@@ -267,6 +273,6 @@ def use_compile_cache(wanted: bool) -> None:
 
 def allow_graphs(recipe: Recipe) -> None:
     """Lets torch keep a graph for every stage of the plan; beyond its own limit it refuses the next one."""
-    wanted = len(recipe.plan.stages()) + len(recipe.evaluation_windows())
+    wanted = len(recipe.plan.stages()) + len(recipe.evaluation_shapes())
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, wanted)

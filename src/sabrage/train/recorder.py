@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -104,16 +105,16 @@ class Recorder:
         """Notes the losses of the steps that end with `step` updates, and what else was read there."""
         seconds = self.clocks.train_seconds
         interval, self.last_seconds = seconds - self.last_seconds, seconds
-        tokens = sum(self.recipe.plan.at(step - 1 - back).tokens_per_step for back in range(len(losses)))
+        steps = range(step - len(losses), step)
+        tokens = sum(self.recipe.plan.at(number).tokens_per_step for number in steps)
         self.tokens += tokens
         self.step_seconds += [interval / len(losses)] * len(losses)
         if not self.world.leads:
             return
         speed = tokens / interval if interval > 0 else 0.0
-        first = step - len(losses)
-        for offset, loss in enumerate(losses):
-            self.log.write("train", step=first + offset, loss=loss, lr=self.recipe.plan.at(first + offset).lr)
-        mfu, memory = self.utilisation(speed, knobs.sequence_length), self.peak_memory()
+        for number, loss in zip(steps, losses, strict=True):
+            self.log.write("train", step=number, loss=loss, lr=self.recipe.plan.at(number).lr)
+        mfu, memory = self.utilisation(steps, interval), self.peak_memory()
         status = {"tokens_per_second": speed, "mfu": mfu, "memory": memory}
         self.log.write("speed", step=step, tokens=self.tokens, train_seconds=seconds, **status, **readings)
         self.tracker.record(step, {"train/loss": losses[-1], "lr": knobs.lr, "tokens_per_second": speed})
@@ -195,7 +196,6 @@ class Recorder:
             return
         seconds = self.clocks.train_seconds
         speed = self.tokens / seconds if seconds > 0 else 0.0
-        knobs = self.recipe.plan.at(max(steps - 1, 0))
         write_json(
             self.folder.result,
             {
@@ -210,7 +210,7 @@ class Recorder:
                 **(self.at_validation or self.clocks.readings()),
                 "tokens_per_second": speed,
                 "median_step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
-                "mfu": self.utilisation(speed, knobs.sequence_length),
+                "mfu": self.utilisation(range(steps), seconds),
                 "peak_memory": self.peak_memory(),
                 "device": self.facts.name,
                 "processes": self.world.size,
@@ -219,15 +219,16 @@ class Recorder:
             },
         )
 
-    def utilisation(self, tokens_per_second: float, sequence_length: int) -> float | None:
-        """Model FLOP utilisation against the device's peak rate, or None where that is not known."""
-        if self.peak is None:
+    def utilisation(self, steps: Iterable[int], seconds: float) -> float | None:
+        """Model FLOP utilisation of these steps against the device's peak; None where that is not known."""
+        if self.peak is None or seconds <= 0:
             return None
-        return (
-            flops_per_token(self.recipe.model, sequence_length, self.recipe.objective)
-            * tokens_per_second
-            / self.peak
-        )
+        model, objective = self.recipe.model, self.recipe.objective
+        flops = 0
+        for knobs in map(self.recipe.plan.at, steps):
+            per_token = flops_per_token(model, knobs.sequence_length, objective, active=knobs.layers)
+            flops += per_token * knobs.tokens_per_step
+        return flops / seconds / self.peak
 
     def peak_memory(self) -> int | None:
         """The most device memory allocated so far, in bytes; None off CUDA."""

@@ -16,8 +16,8 @@ from sabrage.train.world import World
 class Learner(nn.Module):
     """Everything that learns: the model and whatever the objective adds.
 
-    forward(tokens_BT, targets_BT, documents_BT, loss_weights_W, window) -> (total loss, named parts), both in
-    nats. The parts hold what was noted for the log as well.
+    forward(tokens_BT, targets_BT, documents_BT, loss_weights_W, window, layers) -> (total loss, named parts),
+    both in nats. The parts hold what was noted for the log as well.
     """
 
     def __init__(self, model: LM, objective: nn.Module, precision: Precision, device: torch.device) -> None:
@@ -34,9 +34,10 @@ class Learner(nn.Module):
         documents_BT: Tensor | None,
         loss_weights_W: Tensor | None,
         window: int | None = None,
+        layers: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.precision.autocast(self.device):
-            context = Context(documents_BT=documents_BT, window=window)
+            context = Context(documents_BT=documents_BT, window=window, layers=layers)
             h_BTD = self.model(tokens_BT, context)
             batch = Batch(tokens_BT, targets_BT, documents_BT)
             loss = self.objective(h_BTD, batch, self.model, loss_weights_W)
@@ -80,7 +81,8 @@ class TrainStep:
         scaler, found_inf = self.learner.scaler, None
         mean = torch.zeros((), device=device)
         for tokens_BT, targets_BT, documents_BT in pieces:
-            total, parts = self.forward(tokens_BT, targets_BT, documents_BT, weights_W, knobs.window)
+            shape = knobs.window, knobs.layers
+            total, parts = self.forward(tokens_BT, targets_BT, documents_BT, weights_W, *shape)
             (total / count if scaler is None else total / count * scaler.scale).backward()
             mean += total.detach() / count
         self.parts = {name: part.detach() for name, part in parts.items()}

@@ -38,7 +38,8 @@ def warm_up(
     values = session.values()
     shapes: dict[tuple[int | None, ...], Knobs] = {}
     for knobs in stages:
-        shapes.setdefault((knobs.tokens_per_step, knobs.sequence_length, knobs.window), knobs)
+        shape = (knobs.tokens_per_step, knobs.sequence_length, knobs.window, knobs.layers)
+        shapes.setdefault(shape, knobs)
     longest = max(knobs.sequence_length for knobs in shapes.values())
 
     def too_large() -> Knobs | None:
@@ -135,7 +136,7 @@ def scores(evaluator: Evaluator) -> bool:
     batch = next(evaluator.batches())
     try:
         return enough_memory(
-            lambda: [evaluator.score(*batch, window) for window in evaluator.windows], evaluator.world
+            lambda: [evaluator.score(*batch, *shape) for shape in evaluator.shapes], evaluator.world
         )
     finally:
         evaluator.model.train()
