@@ -17,7 +17,7 @@ from sabrage.config import ConfigError, Part, override, to_json
 from sabrage.model.lm import LM
 from sabrage.optim.groups import assign
 from sabrage.recipe import Recipe
-from sabrage.recipes import changed
+from sabrage.recipes import changed, written
 from sabrage.train.step import Learner
 
 
@@ -112,7 +112,7 @@ def assignment(change: Change) -> str:
 
 def parse_variant(text: str, common: Sequence[str] = ()) -> Variant:
     """RECIPE or RECIPE+a.b=c+d.e=f, the `common` assignments first. Raises ConfigError."""
-    name, *own = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    name, own = written(text)
     variant = Variant(name=text, recipe=name, sets=(*common, *own))
     variant.make()
     return variant
