@@ -13,6 +13,7 @@ from sabrage.cli import parse
 from sabrage.cli.describe import Show
 from sabrage.cli.train import Train
 from sabrage.recipes import changed
+from sabrage.report.figure import stale_figures
 from sabrage.report.tables import stale_documents
 
 ROOT = Path(__file__).parents[1]
@@ -158,3 +159,7 @@ def test_the_readme_begins_with_the_two_commands():
 
 def test_the_tables_of_the_documents_are_those_of_the_result_files():
     assert stale_documents(ROOT) == []
+
+
+def test_the_charts_of_result_files_are_what_the_files_say():
+    assert stale_figures(ROOT) == []

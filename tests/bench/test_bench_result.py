@@ -49,7 +49,7 @@ def test_a_result_file_names_versions_and_commit(tmp_path):
 
 def test_a_recipe_that_the_device_refuses_is_a_row_that_says_so():
     facts = DeviceFacts(kind="cuda", name="an old card", memory=0, capability=(7, 5))
-    row = step.measure(find("fp8"), facts, torch.device("cpu"))
+    (row,) = step.measure(find("fp8"), facts, torch.device("cpu"))
     assert row.keys() == {"recipe", "note"}
     assert "8.9" in row["note"]
 
@@ -58,6 +58,6 @@ def test_a_recipe_that_the_device_refuses_is_a_row_that_says_so():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_is_measured_with_its_optimizer():
     device = torch.device("cuda", 0)
-    row = step.measure(shrink(find("base")), probe(device), device)
+    (row,) = step.measure(shrink(find("base")), probe(device), device)
     assert 0 < row["optimizer_ms"] < row["step_ms"]
     assert row["tokens_per_second"] > 0

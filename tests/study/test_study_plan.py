@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -146,3 +147,54 @@ def test_an_ablation_leaves_out_what_cannot_run_and_says_why():
 def test_an_ablation_of_one_part_is_a_comparison():
     with pytest.raises(StudyError, match="differs from 'base' in 1 parts"):
         ablation("base-adamw", "base")
+
+
+GROWN = (
+    "base+model.embedding=BigramHash+model.embedding.inner.normalise=true+model.wiring=Skipping"
+    '+model.wiring.skips=[{"part": "SkipScales"}, {"part": "LayerSkips"}]+model.mixers.0.window_share=0.5'
+    "+optim.0.optimizer.normuon=true+optim.0.optimizer.lr=0.02+model.head.softcap=15"
+)
+
+
+def test_an_ablation_leaves_out_each_trick_alone():
+    variants, skipped = ablation(GROWN, "base", alone=True)
+    made = {variant.name: variant.make() for variant in variants}
+    assert not [name for name in made if name.startswith("only")]
+    whole = made[GROWN]
+    spec = whole.model
+    assert made["without BigramHash"].model == replace(spec, embedding=spec.embedding.inner)
+    plain = replace(spec.embedding, inner=replace(spec.embedding.inner, normalise=False))
+    assert made["without TokenTable.normalise"].model == replace(spec, embedding=plain)
+    skips = made["without SkipScales"].model.wiring.skips
+    assert [type(skip).__name__ for skip in skips] == ["LayerSkips"]
+    assert "without LayerSkips" in made
+    # Rates are no tricks, and what the base has is none of this recipe's.
+    muon = replace(whole.optim[0].optimizer, normuon=False)
+    only_trick = made["without optim.0.optimizer"].optim[0].optimizer
+    assert muon.lr == 0.02 != only_trick.lr
+    assert made["without Muon.normuon"].optim[0].optimizer == muon
+    assert not [name for name in [*made, *skipped] if "qk_norm" in name]
+    # One part that has one trick alone is left out once.
+    assert skipped["without MultiHead.window_share"] == "the same as 'without model.mixers.0'"
+
+
+def test_a_trick_of_many_layers_is_left_out_of_all():
+    mixers = [{"part": "MultiHead", "heads": 12, "window": window} for window in (64, 128)]
+    grown = f"base+model.mixers={json.dumps(mixers)}+model.head.softcap=15"
+    variants, _ = ablation(grown, "base", alone=True)
+    made = {variant.name: variant.make() for variant in variants}
+    assert [mixer.window for mixer in made["without MultiHead.window"].model.mixers] == [None, None]
+
+
+def test_an_optimizer_group_goes_with_its_parameters():
+    variants, skipped = ablation("value-embeddings+model.head.softcap=15", "base")
+    made = {variant.name: variant.make() for variant in variants}
+    assert len(made["without model.wiring"].optim) == len(find("base").optim)
+    assert same(
+        made["without model.wiring"],
+        replace(
+            find("base"),
+            model=replace(find("base").model, head=replace(find("base").model.head, softcap=15.0)),
+        ),
+    )
+    assert not [name for name, reason in skipped.items() if "matches no parameter" in reason]

@@ -1,34 +1,27 @@
 """What a training step costs, recipe by recipe, side by side on one device.
 
-    python -m sabrage.bench.step base base-adamw --out FILE
+    python -m sabrage.bench.step base base-adamw+model.layers=6 --out FILE [--stages]
 
-Each recipe is built as `sabrage train` builds it and fed made-up tokens: the time of a whole step and of its
-optimizer alone (median, CUDA events), tokens per second, model FLOP utilisation, peak memory and seconds to
-compile. A recipe that this device refuses is a row that says so. Needs a CUDA device.
+Each recipe is built and warmed up as `sabrage train` does it and fed made-up tokens: the time of a whole step
+and of its optimizer alone (median, CUDA events), tokens per second, model FLOP utilisation, peak memory and
+seconds to compile. It is the first step of the plan, or with --stages one of every stage, a row each: batch
+and window may grow on the way. A recipe that this device refuses is a row that says so. Needs a CUDA device.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sabrage.bench.result import Column, write_result
-from sabrage.config import resolve
-from sabrage.model.counts import flops_per_token
-from sabrage.optim.groups import Optimizers
+from sabrage.bench.trial import Trial, asked, ready
+from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
-from sabrage.recipes import find
 from sabrage.run.device import DeviceFacts, probe
-from sabrage.train.loop import build_learner, micro_batch_tokens, use_compile_cache
-from sabrage.train.step import TrainStep
-from sabrage.train.warmup import made_up
-from sabrage.train.world import World
+from sabrage.train.loop import use_compile_cache
 
-STEPS = 7
 COLUMNS: list[Column] = [
     {"key": "recipe", "title": "recipe"},
     {"key": "step_ms", "title": "step ms", "format": ".1f"},
@@ -40,60 +33,55 @@ COLUMNS: list[Column] = [
     {"key": "compile_seconds", "title": "compile s", "format": ".0f"},
     {"key": "note", "title": "note"},
 ]
+STAGE: list[Column] = [
+    {"key": "stage", "title": "stage"},
+    {"key": "from_step", "title": "from step", "format": ","},
+    {"key": "tokens", "title": "tokens a step", "format": ",d"},
+    {"key": "length", "title": "row", "format": ",d"},
+    {"key": "window", "title": "window", "format": ",d"},
+]
 
 
-def milliseconds(work: Callable[[], Any], *, repeats: int = STEPS) -> float:
-    """Median device time of `work` over `repeats` runs."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def told(stage: int, knobs: Knobs) -> dict[str, Any]:
+    """What a stage of the plan is."""
+    return {
+        "stage": stage,
+        "from_step": knobs.step,
+        "tokens": knobs.tokens_per_step,
+        "length": knobs.sequence_length,
+        "window": knobs.window,
+    }
 
 
-def measure(recipe: Recipe, facts: DeviceFacts, device: torch.device) -> dict[str, Any]:
-    """One row of the table."""
+def measure(
+    recipe: Recipe, facts: DeviceFacts, device: torch.device, *, stages: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table: one, or one for each stage of the plan, all warmed up beforehand."""
     refusals = recipe.refusals(facts)
     if refusals:
-        return {"recipe": recipe.name, "note": "; ".join(refusals)}
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    recipe = resolve(recipe, facts).validate(facts)
-    began = time.perf_counter()
-    world = World(device)
-    learner = build_learner(recipe, world)
-    masters = recipe.precision.masters()
-    optimizers = Optimizers(recipe.optim, learner.named_parameters(), device, masters=masters)
-    micro_tokens = micro_batch_tokens(recipe, facts, size=1)
-    step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=True)
-    knobs = recipe.plan.at(0)
-    shape = (knobs.tokens_per_step // knobs.sequence_length, knobs.sequence_length)
-    batch = made_up(shape, recipe.model.vocab_size, device, documents=recipe.data.separates)
-    for _ in range(2):
-        step(batch, knobs)
-    torch.cuda.synchronize(device)
-    compiled = time.perf_counter() - began
-    step_ms = milliseconds(lambda: step(batch, knobs))
-    for parameter in learner.parameters():
-        parameter.grad = torch.randn_like(parameter) * 1e-3
-    optimizer_ms = milliseconds(lambda: optimizers.step(knobs))
-    speed = knobs.tokens_per_step / step_ms * 1e3
-    peak = facts.peaks.get(recipe.precision.peak())
-    flops = flops_per_token(recipe.model, knobs.sequence_length, recipe.objective, active=knobs.layers)
+        yield {"recipe": recipe.name, "note": "; ".join(refusals)}
+        return
+    chosen = recipe.plan.stages() if stages else [recipe.plan.at(0)]
+    trial = ready(recipe, facts, device, chosen)
+    for index, knobs in enumerate(chosen):
+        yield {"recipe": recipe.name, **(told(index, knobs) if stages else {}), **cost(trial, knobs)}
+
+
+def cost(trial: Trial, knobs: Knobs) -> dict[str, Any]:
+    """The numbers of one row."""
+    device = trial.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step_ms = trial.step_ms(knobs)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    optimizer_ms = trial.optimizer_ms(knobs)
     return {
-        "recipe": recipe.name,
         "step_ms": step_ms,
         "optimizer_ms": optimizer_ms,
         "optimizer_share": optimizer_ms / step_ms,
-        "tokens_per_second": speed,
-        "mfu": flops * speed / peak if peak else None,
-        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
-        "compile_seconds": compiled,
+        **trial.rates(knobs, step_ms),
+        "peak_gib": peak,
+        "compile_seconds": trial.startup_seconds,
         "note": "",
     }
 
@@ -103,25 +91,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipes", nargs="+", help="names of recipes, compared in this order")
+    parser.add_argument("recipes", nargs="+", help="recipes, also RECIPE+a.b=c, compared in this order")
     parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--name", default="steps", help="name of the result")
+    parser.add_argument("--stages", action="store_true", help="a row for every stage of the plan")
     parser.add_argument("--commit", help="commit of the code, where this copy is no git checkout")
     args = parser.parse_args(arguments)
+    recipes = [asked(text) for text in args.recipes]
     device = torch.device("cuda", 0)
     facts = probe(device)
     use_compile_cache(True)
-    rows = []
-    for name in args.recipes:
-        try:
-            rows.append(measure(find(name), facts, device))
-        except RuntimeError as error:
-            # Out of memory, or what the compiler cannot do: the others are still measured.
-            rows.append({"recipe": name, "note": f"failed: {str(error).splitlines()[0]}"})
-        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    named = {"name": args.name, "device": facts.name, "commit": args.commit}
+    columns = [COLUMNS[0], *STAGE, *COLUMNS[1:]] if args.stages else COLUMNS
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
         # After every row: what was measured outlasts what stops the rest.
-        named = {"name": args.name, "device": facts.name, "commit": args.commit}
-        write_result(args.out, columns=COLUMNS, rows=rows, **named)
+        rows.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        write_result(args.out, columns=columns, rows=rows, **named)
+
+    for recipe in recipes:
+        try:
+            for row in measure(recipe, facts, device, stages=args.stages):
+                keep(row)
+        except (RuntimeError, ValueError) as error:
+            # Out of memory, or what the compiler cannot do: the others are still measured.
+            keep({"recipe": recipe.name, "note": f"failed: {str(error).splitlines()[0]}"})
 
 
 if __name__ == "__main__":

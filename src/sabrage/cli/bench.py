@@ -58,28 +58,59 @@ class Attention:
 class Step:
     """Time a whole training step of recipes and its optimizer alone, on made-up tokens.
 
-    Also tokens per second, MFU, peak memory and seconds to compile.
+    Also tokens per second, MFU, peak memory and seconds to compile. A changed recipe is written
+    RECIPE+a.b=c+d.e=f.
 
     Try:
       sabrage bench step base base-adamw --out results/steps.json
+      sabrage bench step base base+model.layers=6 --out results/layers.json
     """
 
     recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")]
     """Recipes, in the order of the table."""
     out: Path
     """Write the result file here; its name is the name of the result."""
+    stages: bool = False
+    """A row for every stage of a recipe's plan, in which batch, length and window may differ."""
 
     def run(self) -> int:
         from sabrage.bench.step import main
+        from sabrage.bench.trial import asked
         from sabrage.config import ConfigError
-        from sabrage.recipes import find
 
-        names = [find(name).name for name in self.recipes]
+        names = [asked(text).name for text in self.recipes]
         if not names:
             raise ConfigError("got no recipe to time; name at least one, such as base")
         require_cuda()
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        main([*names, "--out", str(self.out), "--name", self.out.stem])
+        stages = ["--stages"] if self.stages else []
+        main([*names, "--out", str(self.out), "--name", self.out.stem, *stages])
+        return 0
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the time of a step goes: head, MLP, mixer and attention in it, optimizer, and the rest.
+
+    Each region is timed alone, as it is in the step; also kernels launched, idle time, MFU and the floor. A
+    changed recipe is written RECIPE+a.b=c+d.e=f. One to three minutes a recipe.
+
+    Try:
+      sabrage bench breakdown nocap base
+      sabrage bench breakdown base base+model.head=FusedHead --out results/breakdown.json
+    """
+
+    recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")]
+    """Recipes, in the order of the table."""
+    stage: int | None = None
+    """Stage of the plan, counted from 0; by default the last."""
+    out: Path | None = None
+    """Write the result file here, and a chart (SVG) beside it."""
+
+    def run(self) -> int:
+        from sabrage.bench.breakdown import measure
+
+        measure(self.recipes, stage=self.stage, out=self.out)
         return 0
 
 
@@ -231,6 +262,7 @@ class Bench:
       sabrage bench kernels
       sabrage bench attention --out results/attention.json
       sabrage bench step nocap base --out results/steps.json
+      sabrage bench breakdown nocap base
       sabrage bench decode base --out results/decode.json
       sabrage bench baseline --data data/stand-in --out results
     """
@@ -239,6 +271,7 @@ class Bench:
         Annotated[Kernels, tyro.conf.subcommand("kernels")]
         | Annotated[Attention, tyro.conf.subcommand("attention")]
         | Annotated[Step, tyro.conf.subcommand("step")]
+        | Annotated[Breakdown, tyro.conf.subcommand("breakdown")]
         | Annotated[Baseline, tyro.conf.subcommand("baseline")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Speculate, tyro.conf.subcommand("speculate")]

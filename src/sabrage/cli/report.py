@@ -27,19 +27,19 @@ class Report:
     """The page; by default report.html in the folder where only one is given, else in this one."""
 
     markdown: bool = False
-    """Bring the tables of README.md and docs/ up to date with results/, in this folder."""
+    """Bring the tables of README.md and docs/, and the charts beside results/, up to date with results/."""
 
     def run(self) -> int:
         from sabrage.cli.console import say
+        from sabrage.report.figure import write_figures
         from sabrage.report.page import PAGE, write_report
         from sabrage.report.tables import write_tables
 
         if self.markdown:
-            written = write_tables(Path())
-            for document in written:
-                say(f"tables brought up to date: {document}", markup=False)
-            if not written:
-                say("the tables of the documents are up to date")
+            written = [f"tables brought up to date: {document}" for document in write_tables(Path())]
+            written += [f"chart brought up to date: {drawing}" for drawing in write_figures(Path())]
+            for line in written or ["the tables and charts of the documents are up to date"]:
+                say(line, markup=False)
         if self.paths or not self.markdown:
             alone = len(self.paths) == 1 and self.paths[0].is_dir()
             out = self.out or (self.paths[0] / PAGE if alone else Path(PAGE))

@@ -124,17 +124,20 @@ class Ablate(Paired):
 
     Try:
       sabrage study ablate base --base nocap --seeds 3
+      sabrage study ablate base --base nocap --alone --seeds 2 --steps 120
     """
 
     recipe: tyro.conf.Positional[str]
     """The recipe to take apart."""
     base: str = "nocap"
     """The recipe that it grew from."""
+    alone: bool = False
+    """Only leave out, and also each trick within a part: a flag, a part around another, one of many skips."""
 
     def plan(self) -> tuple["StudyPlan", dict[str, str]]:
         from sabrage.study.plan import StudyPlan, ablation, fitted
 
-        variants, skipped = ablation(self.recipe, self.base, self.set)
+        variants, skipped = ablation(self.recipe, self.base, self.set, alone=self.alone)
         lengths = self.lengths()
         if self.steps:
             whole = fitted(variants[0].make(), steps=self.steps)

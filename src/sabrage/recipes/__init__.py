@@ -1,5 +1,6 @@
 """The recipes, by name: the only room that names concrete parts."""
 
+import re
 from collections.abc import Iterable
 
 from sabrage.config import ConfigError, nearest, override
@@ -47,3 +48,9 @@ def changed(name: str, assignments: Iterable[str]) -> Recipe:
     for assignment in assignments:
         recipe = override(recipe, assignment)
     return recipe
+
+
+def written(text: str) -> tuple[str, tuple[str, ...]]:
+    """(name, assignments) of a recipe written RECIPE or RECIPE+a.b=c+d.e=f."""
+    name, *assignments = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    return name, tuple(assignments)

@@ -1,11 +1,13 @@
 """Charts that a study brings along as plain data, drawn for the page and as one file that stands alone."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from sabrage.report.curve import NUM_COLOURS, Series, draw
+from sabrage.report.tables import read_results
 
 WIDTH, HEIGHT, HEAD, LINE = 720, 380, 30, 18
 COLOURS = ["#2563a8", "#c8540a", "#2c8a57", "#7c4dbb", "#c2303b", "#0d8390", "#8b6a2f", "#b7378a"]
@@ -57,3 +59,30 @@ def figure(summary: Mapping[str, Any]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}"><style>{STYLE}</style>'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
+
+
+def figures(root: Path) -> dict[Path, str]:
+    """The drawing of every result of `root/results` that has charts, by the file that it belongs in."""
+    results = read_results(root / "results")
+    return {
+        root / "results" / f"{name}.svg": figure(result)
+        for name, result in results.items()
+        if result.get("charts")
+    }
+
+
+def stale_figures(root: Path) -> list[Path]:
+    """The drawings that are missing, or not what their result files say."""
+    return [
+        path
+        for path, text in figures(root).items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def write_figures(root: Path) -> list[Path]:
+    """Brings every drawing up to date; those that changed."""
+    stale = stale_figures(root)
+    for path in stale:
+        path.write_text(figures(root)[path], encoding="utf-8")
+    return stale

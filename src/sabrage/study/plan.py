@@ -5,19 +5,20 @@ so every run of a study can be repeated by hand.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
+from torch import nn
 
-from sabrage.config import ConfigError, Part, override, to_json
+from sabrage.config import ConfigError, Part, override
 from sabrage.model.lm import LM
-from sabrage.optim.groups import assign
+from sabrage.optim.groups import assign, matches
 from sabrage.recipe import Recipe
-from sabrage.recipes import changed
+from sabrage.recipes import changed, written
+from sabrage.study.changes import assignment, by_owner, changes, tricks
 from sabrage.train.step import Learner
 
 
@@ -81,38 +82,9 @@ class StudyPlan(Part):
         return self
 
 
-@dataclass(frozen=True)
-class Change:
-    """`path` of a recipe becomes `value`; `owner` is the part that it belongs to."""
-
-    path: str
-    value: Any
-    owner: str
-
-
-def changes(before: Any, after: Any, path: str = "", owner: str = "") -> Iterator[Change]:
-    """The smallest replacements that turn `before` into `after`: plain values, parts of another class,
-    tuples of another length."""
-    if isinstance(before, Part) and type(before) is type(after):
-        for field in fields(before):
-            where = f"{path}.{field.name}" if path else field.name
-            yield from changes(getattr(before, field.name), getattr(after, field.name), where, path)
-    elif isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            yield from changes(old, new, f"{path}.{index}", owner)
-    elif before != after:
-        whole = any(isinstance(value, Part | tuple) for value in (before, after))
-        yield Change(path, after, path if whole else owner)
-
-
-def assignment(change: Change) -> str:
-    """The change as `sabrage train --set` takes it."""
-    return f"{change.path}={json.dumps(to_json(change.value))}"
-
-
 def parse_variant(text: str, common: Sequence[str] = ()) -> Variant:
     """RECIPE or RECIPE+a.b=c+d.e=f, the `common` assignments first. Raises ConfigError."""
-    name, *own = re.split(r"\+(?=[A-Za-z_][\w.]*=)", text)
+    name, own = written(text)
     variant = Variant(name=text, recipe=name, sets=(*common, *own))
     variant.make()
     return variant
@@ -144,27 +116,28 @@ def sweep(recipe: str, over: Sequence[str], common: Sequence[str] = ()) -> tuple
 
 
 def ablation(
-    recipe: str, base: str, common: Sequence[str] = ()
+    recipe: str, base: str, common: Sequence[str] = (), *, alone: bool = False
 ) -> tuple[tuple[Variant, ...], dict[str, str]]:
     """Leave-one-out and add-one-in over the parts by which `recipe` differs from `base`.
 
-    Returns the variants (the recipe itself, "without X" ..., "only X" ..., the base) and, by name, why a
-    variant is left out. Every variant trains on the recipe's tokens with the recipe's budget.
+    With `alone` nothing is added in, and each of `tricks` is left out as well. Returns the variants (the
+    recipe itself, "without X" ..., "only X" ..., the base) and, by name, why a variant is left out. Every
+    variant trains on the recipe's tokens with its budget, and loses optimizer groups that match nothing.
     """
     full, bare = parse_variant(recipe, common), parse_variant(base, common)
     whole, least = full.make(), bare.make()
     # At equal steps, so that schedules compare by their shape; tokens are made equal at the end.
     least = replace(least.scaled(whole.plan.steps), budget=whole.budget, runtime=whole.runtime)
     back, forth = by_owner(changes(whole, least)), by_owner(changes(least, whole))
-    if len(back) < 2:
+    inner = tricks(whole, least) if alone else {}
+    if len(back | inner) < 2:
         raise StudyError(
             f"{recipe!r} differs from {base!r} in {len(back)} parts and an ablation needs two or more; try: "
             f"sabrage study compare {base} {recipe}"
         )
-    candidates = [
-        *((f"without {part}", full, whole, group) for part, group in back.items()),
-        *((f"only {part}", bare, least, group) for part, group in forth.items()),
-    ]
+    candidates = [(f"without {part}", full, whole, group) for part, group in (back | inner).items()]
+    if not alone:
+        candidates += [(f"only {part}", bare, least, group) for part, group in forth.items()]
     tokens = whole.plan.tokens()
     made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
     variants, skipped = [full], {}
@@ -172,7 +145,7 @@ def ablation(
         try:
             for change in group:
                 recipe_then = override(recipe_then, assignment(change))
-            recipe_then = fitted(recipe_then.validate(), tokens=tokens)
+            recipe_then = fitted(without_idle(recipe_then.validate()), tokens=tokens)
             buildable(recipe_then)
         except ConfigError as error:
             skipped[name] = str(error)
@@ -186,24 +159,27 @@ def ablation(
     return (*variants, bare.become(made[bare.name])), skipped
 
 
-def by_owner(found: Iterator[Change]) -> dict[str, list[Change]]:
-    """Changes by the part that they belong to, without those that are no idea: names, budget, runtime."""
-    groups: dict[str, list[Change]] = {}
-    for change in found:
-        if change.owner not in ("", "budget", "runtime"):
-            groups.setdefault(change.owner, []).append(change)
-    return groups
-
-
 def same(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes are alike but for their names."""
     return replace(one, name="", summary="") == replace(other, name="", summary="")
 
 
-def buildable(recipe: Recipe) -> None:
-    """Builds everything that learns without memory or values. Raises ConfigError when parts do not fit."""
+def learning_names(recipe: Recipe) -> Iterator[tuple[str, nn.Parameter]]:
+    """Everything that learns, by name, built without memory or values. Raises ConfigError."""
     spec = recipe.model
     with torch.device("meta"):
         objective = recipe.objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
         learner = Learner(LM(spec), objective, recipe.precision, torch.device("meta"))
-    assign(recipe.optim, learner.named_parameters())
+    return learner.named_parameters()
+
+
+def buildable(recipe: Recipe) -> None:
+    """Raises ConfigError when parts do not fit, or parameters and optimizer groups."""
+    assign(recipe.optim, learning_names(recipe))
+
+
+def without_idle(recipe: Recipe) -> Recipe:
+    """The recipe without the optimizer groups whose pattern no parameter matches."""
+    names = [name for name, _ in learning_names(recipe)]
+    kept = [group for group in recipe.optim if any(matches(group.pattern, name) for name in names)]
+    return replace(recipe, optim=tuple(kept))

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The race on a GPU machine of one card or several: runs to their end, the baseline's step, where time goes.
+#
+#   scripts/race.sh DATA OUT [STAGE...]
+#
+# DATA is a folder of shards with as many training tokens as the recipes take, OUT receives runs, logs and
+# result files. Stages, all of them by default, in this order (minutes on an H100-class card):
+#   race       `fast` to its end with every seed, one run a card at a time (4 a seed)
+#   small      `fast-24gb` likewise, in 22 GiB of the card's memory (5 a seed)
+#   min        `fast-min` likewise (2 a seed)
+#   base       `base` likewise (2 a seed)
+#   breakdown  where a step's time goes in nocap, base and fast (6)
+#   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
+# After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A run
+# that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they are.
+# SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under (stand-in),
+# STEPS the steps of the ablation (300), KEEP anything to keep checkpoints, COMMIT the code's commit where this
+# copy is no git checkout. A stage that fails does not stop the rest.
+#
+# To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
+#   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
+# and let `sabrage report --markdown` fill the tables and draw the curves.
+set -uo pipefail
+[ $# -ge 2 ] || { sed -n '2,25p' "$0"; exit 2; }
+data=$1 out=$2; shift 2
+stages=("${@:-race small min base breakdown ablate}")
+here=$(cd "$(dirname "$0")/.." && pwd)
+commit=(${COMMIT:+--commit "$COMMIT"})
+track=(--set "data.path=$data" --set "data.track=${TRACK:-stand-in}")
+read -ra seeds <<<"${SEEDS:-0 1}"
+visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ',')}
+read -ra cards <<<"${CARDS:-${visible//,/ }}"
+[ ${#cards[@]} -gt 0 ] || cards=(0)
+mkdir -p "$out/runs"
+failed=0
+
+train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
+  local folder="$out/runs/$2--seed-$3" program=(-m sabrage)
+  [ -z "${4:-}" ] || program=(-m sabrage.cli.capped "$4")
+  if ! grep -qs '"ending": "\(done\|target\)"' "$folder/result.json"; then
+    rm -rf "$folder"
+    CUDA_VISIBLE_DEVICES=$1 python3 "${program[@]}" train "$2" --seed "$3" "${track[@]}" --out "$folder" \
+      >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
+  fi
+  [ -n "${KEEP:-}" ] || rm -rf "$folder/checkpoints"
+  grep -qs '"step_ms": [0-9]' "$folder.nocap.json" || CUDA_VISIBLE_DEVICES=$1 python3 -m sabrage.bench.step nocap \
+    --out "$folder.nocap.json" "${commit[@]}" >"$folder.nocap.txt" 2>&1
+}
+
+race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and the table of all runs
+  local lane pids=() ok=0
+  for lane in "${!cards[@]}"; do
+    (
+      status=0
+      for ((turn = lane; turn < ${#seeds[@]}; turn += ${#cards[@]})); do
+        train "${cards[lane]}" "$1" "${seeds[turn]}" "${2:-}" || status=1
+      done
+      exit $status
+    ) &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || ok=1; done
+  python3 -m sabrage.study.race_table "$out/runs" --out "$out/race.json" \
+    --peer "$here/results/peer-modded-nanogpt.json" "${commit[@]}" || ok=1
+  return $ok
+}
+
+run() {
+  case $1 in
+    race) race fast ;;
+    small) race fast-24gb 22 ;;
+    min) race fast-min ;;
+    base) race base ;;
+    breakdown) CUDA_VISIBLE_DEVICES=${cards[0]} python3 -m sabrage.bench.breakdown nocap base fast \
+      --out "$out/breakdown.json" "${commit[@]}" ;;
+    ablate) python3 -m sabrage study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2 \
+      "${track[@]}" --out "$out/ablate" --result "$out/ablate.json" ;;
+    *) echo "no stage $1" >&2; return 2 ;;
+  esac
+}
+
+for stage in ${stages[*]}; do
+  echo "== $stage"
+  run "$stage" 2>&1 | tee "$out/$stage.txt" || { echo "== $stage FAILED"; failed=1; }
+done
+exit $failed
