@@ -108,13 +108,28 @@ def block_mask(length: int, window: int | None, context: Context, device: torch.
             seen = seen & (documents_BT[batch, query] == documents_BT[batch, key])
         return seen
 
-    some, whole = seen_blocks(length, window, documents_BT, device)
-    partial = some & ~whole
-    counts, order = packed(partial)
-    whole_counts, whole_order = packed(whole)
-    return BlockMask.from_kv_blocks(
-        counts, order, whole_counts, whole_order, BLOCK, sees, seq_lengths=(length, length)
-    )
+    if documents_BT is None:
+        blocks = listed(*seen_blocks(length, window, None, device))
+    else:
+        blocks = document_blocks(documents_BT, 0 if window is None else window)
+    return BlockMask.from_kv_blocks(*blocks, BLOCK, sees, seq_lengths=(length, length))
+
+
+# An operation of its own, which the compiler does not look into. Compiled without gradients (torch 2.11, H100,
+# T=2,048), the lists of blocks were garbage in the first kernel that read them.
+@torch.library.custom_op("sabrage::document_blocks", mutates_args=())
+def document_blocks(documents_BT: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `listed` gives of documents, in a window of 0: all tokens."""
+    some, whole = seen_blocks(documents_BT.shape[1], window or None, documents_BT, documents_BT.device)
+    return listed(some, whole)
+
+
+@document_blocks.register_fake
+def _(documents_BT: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, count = documents_BT.shape[0], -(-documents_BT.shape[1] // BLOCK)
+    counts = documents_BT.new_empty((rows, 1, count), dtype=torch.int32)
+    order = documents_BT.new_empty((rows, 1, count, count), dtype=torch.int32)
+    return counts, order, torch.empty_like(counts), torch.empty_like(order)
 
 
 def seen_blocks(
@@ -143,6 +158,11 @@ def seen_blocks(
         same = single[..., None] & single[..., None, :] & (low[..., None] == low[..., None, :])
         whole = whole & same
     return some, whole
+
+
+def listed(some: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and lists of the blocks that are seen in part, and of those that are seen as a whole."""
+    return *packed(some & ~whole), *packed(whole)
 
 
 def packed(seen: Tensor) -> tuple[Tensor, Tensor]:
