@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made = race_table(given.runs, name=given.out.stem, peers=given.peer)
     except ValueError as error:
         parser.error(str(error))
-    made["commit"] = made["commit"] or given.commit
+    made["commit"] = given.commit or made["commit"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, made)
     for each in made["rows"]:
