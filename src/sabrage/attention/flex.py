@@ -115,8 +115,8 @@ def block_mask(length: int, window: int | None, context: Context, device: torch.
     return BlockMask.from_kv_blocks(*blocks, BLOCK, sees, seq_lengths=(length, length))
 
 
-# An operation of its own, which the compiler does not look into. Compiled without gradients (torch 2.11, H100,
-# T=2,048), the lists of blocks were garbage in the first kernel that read them.
+# An operation of its own, which the compiler does not look into: with the lists made inside of the graph,
+# evaluation on an H100 ended in illegal memory accesses (torch 2.11; rows of 2,048 and 8,192 tokens).
 @torch.library.custom_op("sabrage::document_blocks", mutates_args=())
 def document_blocks(documents_BT: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `listed` gives of documents, in a window of 0: all tokens."""

@@ -10,7 +10,7 @@ from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
 from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
-from sabrage.recipes.fast import fast
+from sabrage.recipes.fast import fast, fast_24gb, fast_min
 from sabrage.recipes.fused import fused
 from sabrage.recipes.growth import growth
 from sabrage.recipes.latent import latent
@@ -19,7 +19,8 @@ from sabrage.recipes.nocap import nocap, nocap_mini
 from sabrage.recipes.precisions import precisions
 
 GROUPS = (
-    (nocap, nocap_mini, demo, base, base_adamw, muon, fast),
+    (nocap, nocap_mini, demo, base, base_adamw, muon),
+    (fast, fast_24gb, fast_min),
     fused,
     precisions,
     attention,
