@@ -126,3 +126,30 @@ def test_more_documents_than_there_is_room_for_give_no_number_rather_than_a_wron
 def test_a_package_runs_or_says_why_not(name):
     reason = packages.missing(name)
     assert reason is None or reason.split()[0] in ("is", "needs", "fails")
+
+
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_documents_compiled_without_gradients_are_seen_as_the_mask_says(length):
+    """As in validation: layers of two windows, and documents that the compiler knows nothing about."""
+    torch.manual_seed(0)
+    parts = [MultiHead(heads=2, qk_norm=True, window=window, backend="flex") for window in (512, 2048)]
+    layers = [part.build(dim=256, layer=index).cuda().eval() for index, part in enumerate(parts)]
+    rows = 16_384 // length
+    x_BTD = torch.randn(rows, length, 256, device="cuda")
+    documents_BT = (torch.rand(rows, length, device="cuda") < 1 / 400).cumsum(1, dtype=torch.int32)
+
+    def forward(x_BTD, documents_BT):
+        context = Context(documents_BT=documents_BT)
+        with torch.autocast("cuda", torch.bfloat16):
+            for layer in layers:
+                x_BTD = x_BTD + layer(x_BTD, context)
+        return x_BTD
+
+    with torch.no_grad():
+        found = torch.compile(forward, fullgraph=True, dynamic=False)(x_BTD, documents_BT)
+        for layer in layers:
+            layer.part = replace(layer.part, backend="sdpa")
+        expected = torch.cat(
+            [forward(x_BTD[row : row + 1], documents_BT[row : row + 1]) for row in range(rows)]
+        )
+    assert (found - expected).norm() <= 0.02 * (expected - x_BTD).norm()
