@@ -15,6 +15,9 @@ from sabrage.config import ConfigError
 # product(x_XI, weight_OI) -> y_XO, I inputs and O outputs.
 Product = Callable[[Tensor, Tensor], Tensor]
 
+# A gate reads this many of a token's numbers, or as many as there are (modded-nanogpt).
+GATE_WIDTH = 12
+
 
 class Linear(nn.Linear):
     """forward(x_XI) -> y_XO; initialised as torch's own.

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A gate reads this many of a token's numbers.
-GATE_WIDTH = 12
 # A value shorter than the root of this has no direction to speak of, and one of zeros leaves all as it is.
 SMALLEST = 1e-12
 

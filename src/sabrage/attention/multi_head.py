@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.attention.backends import Backend, Need, attend, choose_backend, needs_of, refusal
-from sabrage.attention.gates import GATE_WIDTH, exclusive, gated
+from sabrage.attention.gates import exclusive, gated
 from sabrage.attention.key_offset import offset_keys
 from sabrage.attention.paired import attend_paired, entries_of
 from sabrage.attention.rotary import Rotary
@@ -26,7 +26,7 @@ from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.language import refusal as cannot_run
 from sabrage.kernels.paged_attention import decode_heads
 from sabrage.kernels.rotary_norm import rotary_norm
-from sabrage.linear import Linear
+from sabrage.linear import GATE_WIDTH, Linear
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
 from sabrage.run.device import DeviceFacts

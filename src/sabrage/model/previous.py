@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.context import Context
+from sabrage.linear import GATE_WIDTH
 from sabrage.model.ends import TokenTable
 from sabrage.parts import Embedding
-
-# A gate reads this many of a token's numbers.
-GATE_WIDTH = 12
 
 
 def one_back(x_BTX: Tensor, context: Context, *, stream: str) -> Tensor:

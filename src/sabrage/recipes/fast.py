@@ -111,7 +111,7 @@ fast_min = replace(
     model=replace(
         base.model,
         embedding=TokenTable(normalise=True),
-        mixers=(replace(base.model.mixers[0], window=512),),
+        mixers=(MultiHead(heads=12, qk_norm=True, zero_init=True, window=512),),
         wiring=Skipping(residual=Residual(mixer_scale="depth"), skips=(SkipScales(),)),
         head=FusedHead(tied=False, zero_init=True),
     ),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sabrage.wiring.skips import GATE_WIDTH, Skip
+from sabrage.linear import GATE_WIDTH
+from sabrage.wiring.skips import Skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,6 @@ from sabrage.norms import rms_norm
 from sabrage.parts import Wiring
 from sabrage.wiring.residual import Residual
 
-# A gate reads this many of a token's numbers.
-GATE_WIDTH = 12
-
 
 @dataclass(frozen=True, kw_only=True)
 class Skip(Part, ABC):

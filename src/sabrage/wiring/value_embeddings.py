@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.context import Context
+from sabrage.linear import GATE_WIDTH
 from sabrage.parts import Wiring
 from sabrage.wiring.residual import Residual
-from sabrage.wiring.skips import GATE_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
