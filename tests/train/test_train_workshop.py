@@ -171,11 +171,11 @@ def test_another_model_frees_the_last_one_and_its_graphs(tiny, run_recipe, count
     )
     with torch._dynamo.config.patch(recompile_limit=2):
         # More models than graphs that torch keeps of one function.
-        for heads in (1, 2, 4, 8):
+        for heads in (1, 2, 4):
             recipe = changed(tiny, "plan.steps=1", f"model.mixers.0.heads={heads}")
             run_recipe(recipe, name=f"{heads}-heads", shelf=shelf)
     gc.collect()
-    assert [each() is None for each in built] == [True] * 3 + [False]
+    assert [each() is None for each in built] == [True, True, False]
     assert USED not in capsys.readouterr().out
 
 
