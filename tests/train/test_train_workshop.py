@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from sabrage.config import ConfigError, override
 from sabrage.objective.shared import SharedAhead
 from sabrage.optim.muon import Muon
 from sabrage.parts import OptimizerGroup
 from sabrage.plan import Constant, Stages
-from sabrage.precision.autocast import Bf16Weights
+from sabrage.precision.autocast import Bf16, Bf16Weights
 from sabrage.precision.fp16 import Fp16
-from sabrage.train.loop import TrainingStopped, build_learner
+from sabrage.run.clocks import Clocks
+from sabrage.run.folder import RunFolder, read_run
+from sabrage.train.loop import TrainingStopped, build_learner, train
 from sabrage.train.workshop import Shelf, Workshop, blueprint
 from sabrage.train.world import World
 
@@ -177,6 +180,28 @@ def test_another_model_frees_the_last_one_and_its_graphs(tiny, run_recipe, count
     gc.collect()
     assert [each() is None for each in built] == [True, True, False]
     assert USED not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_next_run_compiles_no_graph_of_the_model_and_takes_no_more_memory(tiny, tmp_path):
+    def run(recipe, name, shelf):
+        folder, corpus = RunFolder(tmp_path / name).create(), recipe.data.open()
+        world = World(torch.device("cuda"))
+        train(recipe, folder=folder, corpus=corpus, world=world, shelf=shelf, clocks=Clocks(inline=True))
+        return read_run(folder.path)
+
+    tiny = replace(tiny, precision=Bf16())
+    second = changed(tiny, "budget.seed=1", "optim.0.optimizer.lr=0.003", "plan.lr.warmup=5")
+    alone, shelf = run(second, "alone", Shelf()), Shelf()
+    shelf.clear()
+    run(tiny, "before", shelf)
+    graphs = counters["stats"]["unique_graphs"]
+    after = run(second, "after", shelf)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert after.result["peak_memory"] <= 1.1 * alone.result["peak_memory"]
+    pairs = zip(alone.events("train"), after.events("train"), strict=True)
+    assert all(left["loss"] == pytest.approx(right["loss"], rel=1e-3) for left, right in pairs)
 
 
 def test_the_verdict_on_a_model_is_asked_for_once_and_again_for_another(tiny, run_recipe, monkeypatch):
