@@ -86,15 +86,16 @@ def tiny_options(tiny):
 
 @pytest.fixture
 def run_recipe(tmp_path, one_thread):
-    """run_recipe(recipe, name="run", resume=False) -> (outcome, what the run folder says)."""
+    """run_recipe(recipe, name="run", resume=False, shelf=None) -> (outcome, what the run folder says)."""
     from sabrage.run.folder import RunFolder, read_run
     from sabrage.train.loop import train
     from sabrage.train.world import World
 
-    def run(recipe, *, name="run", resume=False):
+    def run(recipe, *, name="run", resume=False, shelf=None):
         folder = RunFolder(tmp_path / name).create(resume=resume)
         world = World(torch.device("cpu"))
-        outcome = train(recipe, folder=folder, corpus=recipe.data.open(), world=world, resume=resume)
+        corpus = recipe.data.open()
+        outcome = train(recipe, folder=folder, corpus=corpus, world=world, resume=resume, shelf=shelf)
         return outcome, read_run(folder.path)
 
     return run

@@ -52,6 +52,11 @@ def test_a_run_that_goes_on_has_no_wall_time_yet(make_run):
     assert wall_bars({"a": read_run(make_run("a", done=False))}) is None
 
 
+def test_an_inline_run_has_no_wall_time(make_run):
+    path = make_run("a", result={"nocap_seconds": None, "wall_seconds": None})
+    assert wall_bars({"a": read_run(path)}) is None
+
+
 @pytest.mark.parametrize("where", ["log", "result"])
 def test_a_breakdown_of_a_step_is_read_from_log_and_result(make_run, where):
     parts = [{"name": "products", "seconds": 0.3}, {"name": "attention", "seconds": 0.1}]

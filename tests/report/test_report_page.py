@@ -28,6 +28,14 @@ def test_the_page_of_a_run_shows_the_loss_the_three_clocks_the_recipe_and_the_en
         assert text in html
 
 
+def test_the_page_of_an_inline_run_shows_the_clock_that_it_has(make_run):
+    html = write_page(
+        make_run("a", second=4.8, result={"nocap_seconds": None, "wall_seconds": None})
+    ).read_text()
+    assert "3 min 12 s" in html
+    assert "since the process started" not in html
+
+
 def test_a_run_that_goes_on_shows_its_last_validation(make_run):
     html = write_page(make_run("a", steps=20, done=False)).read_text()
     assert "4.0000" in html

@@ -71,6 +71,13 @@ def test_one_frame_is_shown_without_waiting(make_run, done):
     assert "step 20/40" in console.file.getvalue()
 
 
+def test_clocks_that_an_inline_run_has_not_are_left_out(make_run):
+    console = Console(file=io.StringIO(), width=100)
+    watch(make_run("a", result={"nocap_seconds": None, "wall_seconds": None}), console, once=True)
+    (clocks,) = (line for line in console.file.getvalue().splitlines() if line.split()[:1] == ["clocks"])
+    assert [name in clocks for name in ("train", "nocap", "wall")] == [True, False, False]
+
+
 def test_what_remains_is_told_by_the_newest_steps(make_run):
     path = make_run("a", steps=20, done=False)
     with Log(RunFolder(path).log) as log:

@@ -91,6 +91,20 @@ def test_a_resumed_run_adds_the_clocks_of_the_earlier_process(time, restore_firs
     assert second.wall_seconds == before["wall_seconds"] + 3 + 6
 
 
+def test_inline_only_the_train_clock_is_told(time):
+    clocks = Clocks(now=time, age=2, inline=True)
+    run_once(clocks, time)
+    assert clocks.readings() == {"train_seconds": 30, "nocap_seconds": None, "wall_seconds": None}
+
+
+@pytest.mark.parametrize("inline", [(True, False), (False, True)])
+def test_a_run_that_was_inline_for_a_part_has_no_other_clock_either(time, inline):
+    first, second = (Clocks(now=time, age=0, inline=each) for each in inline)
+    run_once(first, time)
+    second.restore(first.state())
+    assert second.readings() == {"train_seconds": 30, "nocap_seconds": None, "wall_seconds": None}
+
+
 def test_a_phase_ends_when_its_block_raises(time):
     clocks = Clocks(now=time, age=0)
 

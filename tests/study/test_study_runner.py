@@ -122,9 +122,10 @@ def test_a_run_that_left_no_checkpoint_starts_anew(program, tmp_path):
 
 def test_a_run_that_another_process_works_on_is_not_started_twice(program, tmp_path):
     job = Job(parse_variant(LONG), 0, tmp_path / "runs" / "long")
-    first = Attempt(job, launcher=Local(program=program), environment={})
+    launcher = Local(program=program)
+    first = Attempt(job, launcher=launcher, place=launcher.workplace({}))
     with pytest.raises(StudyError, match="an earlier call still works on"):
-        Attempt(job, launcher=Local(program=program), environment={})
+        Attempt(job, launcher=launcher, place=launcher.workplace({}))
     first.process.kill()
     first.process.wait()
 

@@ -26,16 +26,21 @@ class Common:
     """Runs at a time: 0 is one for each GPU, or one on a CPU. More than GPUs spoil the timings."""
     ray: str | None = None
     """Hand the runs to Ray instead: local, auto or HOST:PORT (needs the extra `ray`)."""
+    inline: bool = False
+    """Make the runs in one process for each GPU, which keeps data, model and compiled graphs where the next
+    run would build the very same: same losses, for screening many short runs. Only train_seconds are told."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of runs that are done."""
 
     def launcher(self) -> "Launcher":
         """What starts the runs."""
         from sabrage.study.launch import Local, OnRay
+        from sabrage.study.workplace import INLINE
 
+        inline = INLINE if self.inline else ()
         if self.ray:
-            return OnRay(address=self.ray, keep_checkpoints=self.keep_checkpoints)
-        return Local(parallel=self.parallel, keep_checkpoints=self.keep_checkpoints)
+            return OnRay(address=self.ray, keep_checkpoints=self.keep_checkpoints, inline=inline)
+        return Local(parallel=self.parallel, keep_checkpoints=self.keep_checkpoints, inline=inline)
 
     def conclude(self, summary: dict[str, Any], folder: Path) -> int:
         """Writes and shows what came of it; 1 when a run failed, a race's claim is not confirmed included."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sabrage.recipe import Recipe
     from sabrage.run.folder import RunFolder
     from sabrage.train.loop import Outcome
+    from sabrage.train.workshop import Shelf
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ class Train:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Also send the log there (needs the extra `track`)."""
 
-    def run(self) -> int:
+    def run(self, kept: "Shelf | None" = None) -> int:
+        """`kept` is what a process that makes several runs keeps from one for the next."""
         from sabrage.cli.choose import named_device
         from sabrage.run.clocks import Clocks
         from sabrage.train.loop import train
+        from sabrage.train.workshop import Shelf
         from sabrage.train.world import start_world
 
-        clocks = Clocks()
+        clocks, shelf = Clocks(inline=kept is not None), kept or Shelf()
         with start_world(named_device(self.device)) as world:
             recipe, folder = self.prepare(leads=world.leads)
-            corpus = recipe.data.open()
+            corpus = shelf.open(recipe.data)
             if world.leads:
                 announce(recipe, corpus, folder)
             world.barrier()
@@ -77,6 +80,7 @@ class Train:
                 resume=self.resume,
                 tracker=self.tracker,
                 clocks=clocks,
+                shelf=shelf,
             )
             if world.leads:
                 conclude(recipe, corpus, folder, outcome)
@@ -154,9 +158,8 @@ def conclude(recipe: "Recipe", corpus: "Corpus", folder: "RunFolder", outcome: "
     loss = result["validation_loss"]
     bits = f" = {loss / math.log(2):.3f} bits per byte" if corpus.track == "embedded" else ""
     say(f"[bold]validation loss {loss:.4f} nats a token{bits}[/bold] after {outcome.steps:,} steps")
-    clocks = ", ".join(
-        f"{name} {result[name]:.1f}" for name in ("train_seconds", "nocap_seconds", "wall_seconds")
-    )
+    names = ("train_seconds", "nocap_seconds", "wall_seconds")
+    clocks = ", ".join(f"{name} {result[name]:.1f}" for name in names if result[name] is not None)
     say(f"{clocks}; {result['tokens_per_second']:,.0f} tokens/s")
     if corpus.tokenizer is not None and recipe.name == "demo":
         show_sample(folder)

@@ -39,11 +39,14 @@ class Bars:
 
 
 def wall_bars(runs: Mapping[str, Run]) -> Bars | None:
-    """Where the wall-clock time of ended runs went, by the name given; None when none has ended."""
+    """Where the wall-clock time of ended runs went, by the name given; None when none has ended.
+
+    Runs of a process that makes several are left out: they have no wall time of their own.
+    """
     parts = {}
     for name, run in runs.items():
         facts = standing(run)
-        if run.result is None or "warmup_seconds" not in facts:
+        if run.result is None or "warmup_seconds" not in facts or facts["wall_seconds"] is None:
             continue
         known = {
             "training": facts["train_seconds"],

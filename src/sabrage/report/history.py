@@ -58,7 +58,10 @@ def readings(run: Run) -> Iterator[tuple[str, Points]]:
 
 
 def standing(run: Run) -> dict[str, Any]:
-    """How far the run is: its newest speed and validation records, and over them its result."""
+    """How far the run is: its newest speed and validation records, and over them its result.
+
+    A run of a process that makes several has no other clock than `train_seconds`; the others are None.
+    """
     found: dict[str, Any] = {}
     for record in run.records:
         if record["event"] == "train":

@@ -175,7 +175,7 @@ def _figures(entry: Entry) -> Iterator[tuple[str, str, str]]:
         loss = float(facts["validation_loss"])
         yield "validation loss", f"{loss:.4f}", "nats per token, the last one"
     for key, (name, meaning) in CLOCKS.items():
-        if key in facts:
+        if facts.get(key) is not None:
             yield name, duration(facts[key]), meaning
     if facts.get("tokens_per_second"):
         yield "speed", count(facts["tokens_per_second"]), "tokens per second of training"

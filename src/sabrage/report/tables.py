@@ -129,7 +129,11 @@ def source(result: dict[str, Any]) -> str:
     facts += [f"{name} {version}" for name, version in (result["versions"] or {}).items() if version]
     if result["seeds"]:
         facts.append("seeds " + ", ".join(map(str, result["seeds"])))
-    facts += [f"{name} {duration(seconds)}" for name, seconds in (result["clocks"] or {}).items()]
+    facts += [
+        f"{name} {duration(seconds)}"
+        for name, seconds in (result["clocks"] or {}).items()
+        if seconds is not None
+    ]
     facts += [f"commit {result['commit'][:10]}" if result["commit"] else None, result["date"]]
     return "; ".join(fact for fact in facts if fact)
 

@@ -99,7 +99,7 @@ def rows(run: Run, facts: dict, target: float | None) -> list[tuple[str, str]]:
     clocks = [
         f"{name.removesuffix('_seconds')} {duration(facts[name])}"
         for name in ("train_seconds", "nocap_seconds", "wall_seconds")
-        if name in facts
+        if facts.get(name) is not None
     ]
     if run.result is None:
         began = datetime.fromisoformat(run.manifest["started"])

@@ -3,6 +3,9 @@
 `train_seconds` counts training steps only; `nocap_seconds` counts from just before step 0, compile included,
 validation and checkpoints left out (the NoCap benchmark's rule); `wall_seconds` counts everything since the
 process started. The caller synchronises the device wherever a phase begins or ends.
+
+In a process that makes several runs, one after another, only the first of the three can be told: what the
+later runs find ready was paid for by the first.
 """
 
 import os
@@ -37,11 +40,18 @@ def process_age() -> float:
 class Clocks:
     """Times the phases of a run. `now` is a monotonic clock in seconds, `age` the process's age at the start.
 
-    Phases do not nest. Readings are right at any moment, also within a phase.
+    Phases do not nest. Readings are right at any moment, also within a phase. `inline` says that the process
+    makes several runs; a run keeps that mark when another process goes on with it.
     """
 
-    def __init__(self, *, now: Callable[[], float] = time.perf_counter, age: float | None = None) -> None:
-        self._now = now
+    def __init__(
+        self,
+        *,
+        now: Callable[[], float] = time.perf_counter,
+        age: float | None = None,
+        inline: bool = False,
+    ) -> None:
+        self._now, self.inline = now, inline
         self._started = now() - max(0.0, process_age() if age is None else age)
         self._totals: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._earlier = {"nocap": 0.0, "wall": 0.0}
@@ -99,18 +109,21 @@ class Clocks:
         """Since the start of the process, everything counted."""
         return self._earlier["wall"] + self._now() - self._started
 
-    def readings(self) -> dict[str, float]:
-        """The three clocks by name."""
-        names = ("train_seconds", "nocap_seconds", "wall_seconds")
-        return {name: getattr(self, name) for name in names}
+    def readings(self) -> dict[str, float | None]:
+        """The three clocks by name; inline the last two are None."""
+        rest = ("nocap_seconds", "wall_seconds")
+        told = {name: None if self.inline else getattr(self, name) for name in rest}
+        return {"train_seconds": self.train_seconds, **told}
 
     def state(self) -> dict[str, float]:
         """Plain values from which `restore` goes on in another process."""
         phases: dict[str, float] = {name: self.seconds(name) for name in PHASES}
-        return {**phases, "nocap": self.nocap_seconds, "wall": self.wall_seconds}
+        return {**phases, "nocap": self.nocap_seconds, "wall": self.wall_seconds, "inline": self.inline}
 
     def restore(self, state: dict[str, float]) -> None:
         """Adds what an earlier process had counted; what it did after saving `state` is not counted."""
+        # Checkpoints of earlier versions do not say it.
+        self.inline = self.inline or bool(state.get("inline"))
         for name in PHASES:
             self._totals[name] += state[name]
         self._earlier = {name: self._earlier[name] + state[name] for name in self._earlier}

@@ -105,6 +105,11 @@ class Run:
     records: list[Record]
     result: dict[str, Any] | None
 
+    @property
+    def inline(self) -> bool:
+        """Whether a process that makes several runs made it, or a part: then only its train_seconds hold."""
+        return any(told.get("inline", False) for told in (self.manifest, self.result or {}))
+
     def events(self, name: str) -> list[Record]:
         """The records of one kind, in order."""
         return [record for record in self.records if record["event"] == name]

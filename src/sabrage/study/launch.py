@@ -1,4 +1,4 @@
-"""Runs as independent processes, one at a time on every device; they resume, and fail each for itself.
+"""Runs as processes, one at a time on every device; they resume, and fail each for itself.
 
 A block is a list of jobs that follow each other on one device, such as all variants of one seed, so that
 their timings pair. `Local` gives every GPU of this machine its next block; `OnRay` hands blocks to a Ray
@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -25,6 +24,7 @@ import torch
 from sabrage.config import Part
 from sabrage.run.folder import RunFolder, write_json
 from sabrage.study.plan import StudyError, Variant
+from sabrage.study.workplace import Fresh, Kept, Work, Workplace
 from sabrage.train.interrupt import Interruption
 
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -68,13 +68,13 @@ class Job:
 
 
 class Attempt:
-    """A process that works on a job, going on from its newest checkpoint where there is one."""
+    """Work on a job, going on from its newest checkpoint where there is one."""
 
-    def __init__(self, job: Job, *, launcher: "Launcher", environment: dict[str, str]) -> None:
+    def __init__(self, job: Job, *, launcher: "Launcher", place: Workplace) -> None:
         self.job, self.launcher = job, launcher
         job.output.parent.mkdir(parents=True, exist_ok=True)
         with job.output.open("ab") as output:
-            # The child inherits the lock and holds it for as long as it lives, also when this process dies.
+            # Whoever works on the job gets the lock too and holds it also when this process dies.
             try:
                 fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -82,16 +82,7 @@ class Attempt:
                     f"a process of an earlier call still works on {job.folder}; wait for it, or end it"
                 ) from error
             job.failure.unlink(missing_ok=True)
-            self.process = subprocess.Popen(
-                [*launcher.program, *self.arguments()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                # Ctrl-C at the terminal reaches this process alone, which passes it on once: a run that
-                # gets it twice would end without saving.
-                start_new_session=True,
-            )
+            self.process: Work = place.start(self.arguments(), output)
 
     def arguments(self) -> list[str]:
         """What follows `sabrage`; a folder without a checkpoint is emptied and its run starts anew."""
@@ -105,7 +96,7 @@ class Attempt:
         return [*common, *sets, "--seed", str(job.seed)]
 
     def ended(self, *, stopping: bool) -> bool:
-        """Whether the process is gone; notes the failure of a run that was not stopped on purpose."""
+        """Whether the work is over; notes the failure of a run that was not stopped on purpose."""
         code = self.process.poll()
         if code is None:
             return False
@@ -134,11 +125,12 @@ def run_blocks(
     at_hand: list[deque[Job]] = [deque() for _ in places]
     running: list[Attempt | None] = [None for _ in places]
     passed_on = False
+    workplaces = [launcher.workplace(place) for place in places]
     with Interruption() as stop:
         try:
             while True:
                 stopping = stop.signal is not None
-                for index, place in enumerate(places):
+                for index, workplace in enumerate(workplaces):
                     attempt = running[index]
                     if attempt and attempt.ended(stopping=stopping):
                         running[index] = attempt = None
@@ -146,7 +138,7 @@ def run_blocks(
                         at_hand[index] = waiting.popleft()
                     if attempt is None and at_hand[index] and not stopping:
                         job = at_hand[index].popleft()
-                        running[index] = Attempt(job, launcher=launcher, environment=place)
+                        running[index] = Attempt(job, launcher=launcher, place=workplace)
                 if stopping and not passed_on:
                     passed_on = True
                     for attempt in filter(None, running):
@@ -159,17 +151,26 @@ def run_blocks(
             for attempt in filter(None, running):
                 attempt.process.kill()
                 attempt.process.wait()
+            for workplace in workplaces:
+                workplace.close()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher(Part, ABC):
     """Runs jobs with an existing engine; `program` is what takes the words of `sabrage train ...`.
 
+    `inline` is a program that takes jobs one after another, as `Kept` hands them over, in place of a process
+    for each: it keeps what the next one would build again. Empty: a process for each.
     Done runs need no checkpoints to be compared, so these go unless `keep_checkpoints` says otherwise.
     """
 
     program: tuple[str, ...] = (sys.executable, "-m", "sabrage")
     keep_checkpoints: bool = False
+    inline: tuple[str, ...] = ()
+
+    def workplace(self, environment: dict[str, str]) -> Workplace:
+        """Where jobs run one at a time; `environment` is what is added to that of this process."""
+        return Kept(self.inline, environment) if self.inline else Fresh(self.program, environment)
 
     @abstractmethod
     def run(self, blocks: Sequence[Block], *, watch: Callable[[], None]) -> bool:

@@ -17,7 +17,7 @@ from sabrage.study.launch import Job, Launcher
 from sabrage.study.plan import StudyError, Variant, fitted
 from sabrage.study.runner import blocks_of, carry_out, claim, finished
 from sabrage.study.statistics import against_target, distributions, estimate, paired
-from sabrage.study.summary import CLOCKS, cautions, facts, final_loss, result
+from sabrage.study.summary import CLOCKS, cautions, facts, final_loss, mean, result
 
 SIGNIFICANCE = 0.01
 BASE_STEPS = 40
@@ -137,7 +137,7 @@ class Race:
         row |= {"runs": len(runs), "seeds": list(seeds), "loss": fmean(losses), "sd": estimate(losses).sd}
         assert margin.p_below is not None, "a confirmation has two seeds or more"
         row |= {"margin": margin.mean, "p": margin.p_below, "confirmed": margin.p_below < SIGNIFICANCE}
-        row |= {clock: fmean(result(run)[clock] for run in runs) for clock in CLOCKS}
+        row |= {clock: mean(result(run)[clock] for run in runs) for clock in CLOCKS}
         for base in others:
             seconds = fmean(result(run)["median_step_seconds"] for run in base)
             row |= {"base_step_seconds": seconds, "base_steps": row["train_seconds"] / seconds}

@@ -134,6 +134,11 @@ def run_problems(run: Run) -> Iterator[str]:
     ending = (run.result or {}).get("ending")
     if ending not in ("done", "target"):
         yield f"the run has not come to its end ({ending or 'no result'}); go on with --resume"
+    if run.inline:
+        yield (
+            "was made inline, in a process that makes several runs, so that the benchmark's clock is not "
+            "known; run it without --inline"
+        )
     if manifest["device"].get("kind") == "cpu" or manifest.get("processes", 1) != 1:
         device = manifest["device"]["name"]
         yield f"ran on {manifest.get('processes', 1)} x {device}; the benchmark is for one GPU"

@@ -57,6 +57,8 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         found.append("the code changed between the runs")
     if any(_changed(run) for run in runs):
         found.append("the code had changes that are not in the commit; the manifests hold them")
+    if any(run.inline for run in runs):
+        found.append("runs were made inline, one after another in a process: no wall and no nocap seconds")
     return found
 
 

@@ -26,6 +26,7 @@ from sabrage.train.recorder import Recorder
 from sabrage.train.session import Session
 from sabrage.train.step import Learner, TrainStep
 from sabrage.train.warmup import warm_up
+from sabrage.train.workshop import Shelf, Workshop, blueprint
 from sabrage.train.world import World
 
 
@@ -55,34 +56,33 @@ def train(
     resume: bool = False,
     tracker: str = "none",
     clocks: Clocks | None = None,
+    shelf: Shelf | None = None,
 ) -> Outcome:
     """Runs `recipe` to its last step, its target or an interruption, and leaves everything in `folder`.
 
-    Raises ConfigError for what cannot run and TrainingStopped when loss or weights are no longer finite.
+    What the `shelf` holds of an earlier run is used again where this one would build the very same. Raises
+    ConfigError for what cannot run and TrainingStopped when loss or weights are no longer finite.
     """
     facts = probe(world.device)
     asked, recipe = recipe, resolve(recipe, facts).validate(facts)
     check_data(recipe, corpus, world)
-    legality = None if resume else examined(asked)
+    shelf, plan = shelf or Shelf(), blueprint(recipe, world)
+    legality = None if resume else shelf.verdict(plan, partial(examined, asked))
     clocks = clocks or Clocks()
-    compile = recipe.runtime.compile == "on"
-    use_compile_cache(compile)
+    use_compile_cache(recipe.runtime.compile == "on")
     allow_graphs(recipe)
 
-    learner = build_learner(recipe, world)
-    recipe.objective.read(learner.objective, corpus.tokenizer)
-    named, masters = learner.named_parameters(), recipe.precision.masters()
-    optimizers = Optimizers(recipe.optim, named, world.device, masters=masters)
-    session = Session(learner, optimizers)
-    micro_tokens = micro_batch_tokens(recipe, facts, size=world.size)
-    step = TrainStep(learner, optimizers, world, micro_tokens=micro_tokens, compile=compile)
-    evaluator = make_evaluator(recipe, learner.model, world, corpus, micro_tokens=micro_tokens)
+    workshop = set_up(recipe, corpus, world, facts, shelf)
+    step, evaluator = workshop.step, workshop.evaluator
+    session = workshop.begin(recipe)
 
     with Recorder(
         asked, recipe, folder, corpus, world, facts, clocks, legality, tracker=tracker, resume=resume
     ) as recorder:
+        if workshop.used:
+            recorder.message("using the model and the compiled graphs of an earlier run of this process")
         clocks.start_nocap()
-        if compile or facts.kind == "cuda":
+        if recipe.runtime.compile == "on" or facts.kind == "cuda":
             with clocks.phase("warm-up"):
                 stages, vocab_size = recipe.plan.stages(), corpus.vocab_size
                 warm_up(
@@ -182,6 +182,23 @@ def longest_row(recipe: Recipe) -> int:
     """Tokens of the longest row that training or validation gives the model."""
     lengths = [knobs.sequence_length for knobs in recipe.plan.stages()]
     return max(*lengths, recipe.budget.evaluation_length)
+
+
+def set_up(recipe: Recipe, corpus: Corpus, world: World, facts: DeviceFacts, shelf: Shelf) -> Workshop:
+    """Learner, step and evaluator, the learner as its seed draws it: built here, or the shelf's renewed."""
+    key = blueprint(recipe, world)
+    workshop = shelf.take(key)
+    learner = build_learner(recipe, world)
+    recipe.objective.read(learner.objective, corpus.tokenizer)
+    if workshop is not None:
+        workshop.renew(learner)
+        return workshop
+    micro_tokens, compile = micro_batch_tokens(recipe, facts, size=world.size), recipe.runtime.compile == "on"
+    none = Optimizers((), (), world.device)
+    step = TrainStep(learner, none, world, micro_tokens=micro_tokens, compile=compile)
+    evaluator = make_evaluator(recipe, learner.model, world, corpus, micro_tokens=micro_tokens)
+    shelf.keep(key, workshop := Workshop(learner, step, evaluator))
+    return workshop
 
 
 def build_learner(recipe: Recipe, world: World) -> Learner:

@@ -48,7 +48,7 @@ class Recorder:
         self.corpus, self.world, self.legality = corpus, world, legality
         self.facts, self.clocks, self.tracker_name, self.resume = facts, clocks, tracker, resume
         self.validation_loss: float | None = None
-        self.at_validation: dict[str, float] = {}
+        self.at_validation: dict[str, float | None] = {}
         self.by_position: list[tuple[int, int, float]] = []
         self.step_seconds: list[float] = []
         self.tokens = 0
@@ -79,7 +79,7 @@ class Recorder:
         self.stack.close()
 
     def manifest(self) -> dict[str, Any]:
-        """What is known before the first step."""
+        """What is known before the first step; "inline" marks a run of a process that makes several."""
         backends = {path: str(chosen) for path, _, chosen in diff(self.recipe, self.resolved)}
         made = make_manifest(
             to_json(self.recipe),
@@ -93,6 +93,7 @@ class Recorder:
             "parameters": num_parameters(self.recipe.model),
             "active_parameters": num_active(self.recipe.model),
             "processes": self.world.size,
+            **({"inline": True} if self.clocks.inline else {}),
             "legality": self.legality.to_json() if self.legality else None,
         }
 
@@ -196,6 +197,7 @@ class Recorder:
             return
         seconds = self.clocks.train_seconds
         speed = self.tokens / seconds if seconds > 0 else 0.0
+        inline = {"inline": True} if self.clocks.inline else {}
         write_json(
             self.folder.result,
             {
@@ -213,6 +215,7 @@ class Recorder:
                 "mfu": self.utilisation(range(steps), seconds),
                 "peak_memory": self.peak_memory(),
                 "device": self.facts.name,
+                **inline,
                 "processes": self.world.size,
                 "warmup_seconds": self.clocks.seconds("warm-up"),
                 "validation_seconds": self.clocks.seconds("validation"),
