@@ -12,11 +12,11 @@
 #   breakdown  where a step's time goes in nocap, base and fast (6)
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
-#   screen     changes of `fast` that its first race asks for, at 47.2M tokens, one seed (2 a change)
+#   screen     changes of `fast` that its first race asks for, one seed, at 47.2M tokens or STEPS (2 a change)
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A run
 # that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they are.
 # SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under (stand-in),
-# STEPS the steps of the ablation (300), KEEP anything to keep checkpoints, COMMIT the code's commit where this
+# STEPS the steps of ablation (300) and screen (420), KEEP anything to keep checkpoints, COMMIT the code's commit where this
 # copy is no git checkout. A stage that fails does not stop the rest.
 #
 # To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
@@ -80,6 +80,20 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
+screen() {  # every change beside `fast`, the changes dealt out over the cards, each in one process
+  local lane turn own pids=() ok=0
+  for lane in "${!cards[@]}"; do
+    own=()
+    for ((turn = lane; turn < ${#changes[@]}; turn += ${#cards[@]})); do own+=("${changes[turn]}"); done
+    [ ${#own[@]} -gt 0 ] || continue
+    CUDA_VISIBLE_DEVICES=${cards[lane]} python3 -m sabrage study compare fast "${own[@]}" --inline \
+      --steps "${STEPS:-420}" --seeds 1 "${track[@]}" --out "$out/screen-$lane" --result "$out/screen-$lane.json" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || ok=1; done
+  return $ok
+}
+
 run() {
   case $1 in
     race) race fast ;;
@@ -88,8 +102,7 @@ run() {
     base) race base ;;
     breakdown) CUDA_VISIBLE_DEVICES=${cards[0]} python3 -m sabrage.bench.breakdown nocap base fast \
       --out "$out/breakdown.json" "${commit[@]}" ;;
-    screen) python3 -m sabrage study compare fast "${changes[@]}" --steps 420 --seeds 1 "${track[@]}" \
-      --out "$out/screen" --result "$out/screen.json" ;;
+    screen) screen ;;
     ablate) python3 -m sabrage study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2 \
       "${track[@]}" --out "$out/ablate" --result "$out/ablate.json" ;;
     *) echo "no stage $1" >&2; return 2 ;;
