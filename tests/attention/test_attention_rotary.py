@@ -134,3 +134,10 @@ def test_with_yarn_what_stands_is_sharpened_like_what_turns():
     plain, yarn = (Rotary(share=0.5, factor=factor, max_length=64).build(64) for factor in (1.0, 4.0))
     assert torch.equal(yarn.sine_TK[:, 16:], plain.sine_TK[:, 16:])
     torch.testing.assert_close(yarn.cosine_TK[:, 16:], (0.1 * math.log(4) + 1) * plain.cosine_TK[:, 16:])
+
+
+def test_what_is_written_into_one_model_s_tables_stays_there():
+    first = Rotary(max_length=8).build(4)
+    before = first.cosine_TK.clone()
+    first.cosine_TK.fill_(7)
+    assert torch.equal(Rotary(max_length=8).build(4).cosine_TK, before)

@@ -79,7 +79,7 @@ def test_each_card_takes_its_seeds_and_times_the_baseline_after_each(race, tmp_p
     made = json.loads((tmp_path / "out" / "race.json").read_text())
     assert [(row["recipe"], row["seed"]) for row in made["rows"]] == [("fast", 0), ("fast", 1), ("fast", 2)]
     assert all(row["base_steps"] == pytest.approx(row["train_seconds"] * 10) for row in made["rows"])
-    assert [point["loss"] for point in made["curves"]["modded-nanogpt (second pass from 126M tokens)"]][
+    assert [point["loss"] for point in made["curves"]["modded-nanogpt (H200; second pass from 126M tokens)"]][
         -1
     ] == 3.53
     assert "fast: mean loss" in said

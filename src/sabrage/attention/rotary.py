@@ -74,8 +74,8 @@ class RotaryTables(nn.Module):
     def __init__(self, part: Rotary, width: int) -> None:
         super().__init__()
         cosine_TK, sine_TK = tables(part, width)
-        self.register_buffer("cosine_TK", torch.from_numpy(cosine_TK), persistent=False)
-        self.register_buffer("sine_TK", torch.from_numpy(sine_TK), persistent=False)
+        self.register_buffer("cosine_TK", torch.from_numpy(cosine_TK.copy()), persistent=False)
+        self.register_buffer("sine_TK", torch.from_numpy(sine_TK.copy()), persistent=False)
 
     def forward(self, x_BTHK: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """The rotated heads, in the input's dtype; positions default to 0 .. T-1."""
@@ -100,7 +100,7 @@ class RotaryTables(nn.Module):
 
 @cache
 def tables(part: Rotary, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, (length, width / 2) fp32, computed once for all layers; not to be written to."""
+    """Cosines and sines, (length, width / 2) fp32, computed once for all layers."""
     frequency_K = part.base ** (-np.arange(0, width, 2) / width)
     magnitude = 1.0
     if part.factor != 1:
