@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test test-long
 
 demo: .venv/installed
 	$(BIN)/sabrage train demo
@@ -11,7 +11,10 @@ test: .venv/installed
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu" --numprocesses 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not long" --numprocesses 2 --dist loadfile --durations=10
+
+test-long: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -113,6 +113,7 @@ def test_a_run_that_fails_says_so_and_the_others_go_on(race, tmp_path):
     assert [(row["recipe"], row["seed"]) for row in made["rows"]] == [("base", 1), ("fast-min", 1)]
 
 
+@pytest.mark.long
 def test_all_stages_give_commands_that_parse(race):
     code, said, commands = race(CARDS="0", SEEDS="0")
     assert code == 0, said

@@ -12,6 +12,9 @@ from sabrage.model.ends import LinearHead, Projection
 from sabrage.parts import FeedForward, Head, Mixer
 from sabrage.recipes import RECIPES, find
 
+# Recipes that differ in precision, objective or plan have one model, which is held to the contract once.
+DISTINCT = {repr(shrink(recipe).model): name for name, recipe in reversed(RECIPES.items())}.values()
+
 
 @pytest.fixture(scope="module")
 def models():
@@ -27,7 +30,7 @@ def models():
 
 
 @pytest.mark.parametrize("check", CONTRACT)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_recipe_keeps_the_contract(models, name, check):
     CONTRACT[check](models(name))
 

@@ -94,7 +94,7 @@ def losses(run):
     return [(record["event"], record["step"], record["loss"]) for record in run.records if "loss" in record]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_made_inline_are_those_of_processes_of_their_own(jobs, inline, calls):
     wanted = [(0,), (1, "optim.0.optimizer.lr=0.003"), (0, "model.layers=1"), (2, "model.layers=1")]
     alone, together = jobs("alone", *wanted), jobs("together", *wanted)
@@ -119,7 +119,7 @@ def test_runs_made_inline_are_those_of_processes_of_their_own(jobs, inline, call
     assert any("run it without --inline" in problem for problem in run_problems(run))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_breaks_its_process_fails_alone(jobs, inline, calls, alone):
     made = jobs("made", (4,), (13,), (5,), (6,))
     assert inline.run([made], watch=lambda: None)
@@ -146,7 +146,7 @@ def test_a_job_that_a_person_can_mend_fails_alone_and_the_process_goes_on(jobs, 
     assert [losses(finished(job)) for job in made[1::2]] == list(map(alone, made[1::2]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failed_job_is_made_by_the_next_call(jobs, inline, tmp_path):
     made = jobs("made", (13,), (14,))
     assert inline.run([made], watch=lambda: None)
@@ -156,7 +156,7 @@ def test_a_failed_job_is_made_by_the_next_call(jobs, inline, tmp_path):
     assert {job.state() for job in made} == {"done"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_study_saves_and_the_same_call_goes_on(jobs, inline, alone):
     long = ("plan.steps=400", "budget.evaluate_every=100")
     made = jobs("made", (1, *long), (2, *long))
@@ -176,7 +176,7 @@ def test_an_interrupted_study_saves_and_the_same_call_goes_on(jobs, inline, alon
     assert losses(finished(made[0])) == alone(made[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_place_has_a_process_of_its_own(jobs, inline, calls):
     made = jobs("made", *((seed, "plan.steps=200") for seed in range(4)))
     assert replace(inline, parallel=2).run([[job] for job in made], watch=lambda: None)

@@ -204,6 +204,7 @@ def test_the_board_is_a_live_table_on_a_terminal(program, tmp_path):
     assert f"step {RECIPES['demo'].plan.steps}" in told.file.getvalue()
 
 
+@pytest.mark.long
 def test_ray_runs_the_same_jobs_into_the_same_folders(program, calls, tmp_path):
     pytest.importorskip("ray", reason="needs the extra `ray`")
     plan = compare("demo", BROKEN, seeds=(0, 1))

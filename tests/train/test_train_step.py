@@ -92,7 +92,7 @@ def test_nothing_compiles_after_the_warm_up(tiny, assemble, counting):
     assert counting.graphs == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler for the CPU")
 def test_a_compiled_run_gives_the_losses_of_an_eager_one(tiny, run_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
