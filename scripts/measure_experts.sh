@@ -22,7 +22,6 @@ commit=(${COMMIT:+--commit "$COMMIT"})
 ranks=(${RANKS:+--ranks "$RANKS"})
 track=(--set "data.path=$data" --set data.track=stand-in)
 names=(moe-2 moe-2-context moe-8 moe-8-shared)
-failed=0
 
 study() {  # NAME RECIPE...: paired runs whose folder and result carry the name
   local name=$1; shift
@@ -50,8 +49,4 @@ run() {
   esac
 }
 
-for stage in ${stages[*]}; do
-  echo "== $stage"
-  run "$stage" 2>&1 | tee "$out/$stage.txt" || { echo "== $stage FAILED"; failed=1; }
-done
-exit $failed
+source "$(dirname "$0")/stages.sh"

@@ -30,7 +30,6 @@ commit=(${COMMIT:+--commit "$COMMIT"})
 track=(--set "data.path=$data" --set data.track=stand-in)
 variants=(base fused-head fused-rotary gqa mla mla-small pool-mean pool-latent alibi relbias window
   mtp-shared mtp-heads mtp-sequential moe-2 moe-8 moe-8-shared)
-failed=0
 
 study() {  # NAME COMMAND...: a study whose folder and result carry the name
   local name=$1; shift
@@ -91,8 +90,4 @@ run() {
   esac
 }
 
-for stage in ${stages[*]}; do
-  echo "== $stage"
-  run "$stage" 2>&1 | tee "$out/$stage.txt" || { echo "== $stage FAILED"; failed=1; }
-done
-exit $failed
+source "$(dirname "$0")/stages.sh"

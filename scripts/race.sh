@@ -13,17 +13,17 @@
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
 #   screen     changes of `fast` that its first race asks for, one seed, at 47.2M tokens or STEPS (2 a change)
-# After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A run
-# that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they are.
-# SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under (stand-in),
-# STEPS the steps of ablation (300) and screen (420), KEEP anything to keep checkpoints, COMMIT the code's commit where this
-# copy is no git checkout. A stage that fails does not stop the rest.
+# After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
+# run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
+# are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
+# (stand-in), STEPS the steps of ablation (300) and screen (420), KEEP anything to keep checkpoints, COMMIT the
+# code's commit where this copy is no git checkout. A stage that fails does not stop the rest.
 #
 # To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,27p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,25p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,7 +34,6 @@ visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,nohe
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 mkdir -p "$out/runs"
-failed=0
 # Why these: LOG.md, the first race of `fast`. Muon decays four times as much as the peer's; the tables not at all.
 changes=(
   fast+optim.0.optimizer.weight_decay=0.025
@@ -109,8 +108,4 @@ run() {
   esac
 }
 
-for stage in ${stages[*]}; do
-  echo "== $stage"
-  run "$stage" 2>&1 | tee "$out/$stage.txt" || { echo "== $stage FAILED"; failed=1; }
-done
-exit $failed
+source "$(dirname "$0")/stages.sh"

@@ -162,4 +162,4 @@ def test_the_tables_of_the_documents_are_those_of_the_result_files():
 
 
 def test_the_charts_of_result_files_are_what_the_files_say():
-    assert stale_figures(ROOT) == []
+    assert list(stale_figures(ROOT)) == []

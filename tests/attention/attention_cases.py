@@ -1,6 +1,6 @@
 """The situations that every attention backend is held to, and the inputs that tests draw for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -104,3 +104,33 @@ CASES = [
     Case("soft cap over alibi", scores=(Alibi(), SoftCap(cap=2.0))),
     Case("decoding with a bias", queries=3, keys=217, positions=(214, 9), scores=(RelativeBias(),)),
 ]
+
+
+@torch.no_grad()
+def two_layers_with_flex(part, x_BTD, *, prepare=lambda layer: None):
+    """(output compiled with flex, output of `plain`, the graphs) of two layers of `part` on DOCUMENTS."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def run(backend):
+        torch.manual_seed(0)
+        layers = [
+            replace(part, backend=backend).build(dim=x_BTD.shape[-1], layer=layer) for layer in range(2)
+        ]
+        for layer in layers:
+            prepare(layer)
+
+        def forward(x_BTD, documents_BT):
+            context = Context(documents_BT=documents_BT)
+            for layer in layers:
+                x_BTD = x_BTD + layer(x_BTD, context)
+            return x_BTD
+
+        return forward
+
+    documents_BT = Case("", documents=DOCUMENTS).context().documents_BT
+    compiled = torch.compile(run("flex"), fullgraph=True, dynamic=False, backend=count)
+    return compiled(x_BTD, documents_BT), run("plain")(x_BTD, documents_BT), graphs

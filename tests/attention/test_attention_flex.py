@@ -1,10 +1,8 @@
 """FlexAttention: the same numbers as the reference, blocks that miss no pair, and one graph."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from attention_cases import CASES, DOCUMENTS, Case
+from attention_cases import CASES, DOCUMENTS, Case, two_layers_with_flex
 
 from sabrage.attention import flex as module
 from sabrage.attention.backends import attend
@@ -79,32 +77,11 @@ def test_far_blocks_are_skipped():
 @torch.no_grad()
 def test_a_model_with_flex_is_one_graph_that_makes_each_mask_once():
     part = MultiHead(heads=4, kv_heads=2, window=40, scores=(RelativeBias(),))
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def run(backend):
-        torch.manual_seed(0)
-        layers = [replace(part, backend=backend).build(dim=32, layer=layer) for layer in range(2)]
-        for layer in layers:
-            torch.nn.init.normal_(layer.scores[0].bias_HN)
-
-        def forward(x_BTD, documents_BT):
-            context = Context(documents_BT=documents_BT)
-            for layer in layers:
-                x_BTD = x_BTD + layer(x_BTD, context)
-            return x_BTD
-
-        return forward
-
     x_BTD = torch.randn(2, 217, 32, generator=torch.Generator().manual_seed(0))
-    documents_BT = Case("", documents=DOCUMENTS).context().documents_BT
-    compiled = torch.compile(run("flex"), fullgraph=True, dynamic=False, backend=count)
-    torch.testing.assert_close(
-        compiled(x_BTD, documents_BT), run("plain")(x_BTD, documents_BT), atol=1e-5, rtol=1e-5
+    found, expected, graphs = two_layers_with_flex(
+        part, x_BTD, prepare=lambda layer: torch.nn.init.normal_(layer.scores[0].bias_HN)
     )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
     code = graphs[0].code
     assert code.count("flex_attention(") == 2

@@ -1,10 +1,8 @@
 """Paired heads: the formula entry by entry, who sees whom, windows in tokens."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from attention_cases import DOCUMENTS, Case
+from attention_cases import two_layers_with_flex
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.paired import attend_paired
@@ -88,29 +86,9 @@ def test_a_share_of_the_plans_window_is_one_too():
 
 @torch.no_grad()
 def test_layers_with_flex_are_one_graph_that_makes_the_mask_of_pairs_once():
-    graphs, part = [], MultiHead(heads=4, kv_heads=2, paired=True, window=40)
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def run(backend):
-        torch.manual_seed(0)
-        layers = [replace(part, backend=backend).build(dim=32, layer=layer) for layer in range(2)]
-
-        def forward(x_BTD, documents_BT):
-            context = Context(documents_BT=documents_BT)
-            for layer in layers:
-                x_BTD = x_BTD + layer(x_BTD, context)
-            return x_BTD
-
-        return forward
-
-    x_BTD, documents_BT = draw(2, 217, 32), Case("", documents=DOCUMENTS).context().documents_BT
-    compiled = torch.compile(run("flex"), fullgraph=True, dynamic=False, backend=count)
-    torch.testing.assert_close(
-        compiled(x_BTD, documents_BT), run("plain")(x_BTD, documents_BT), atol=1e-5, rtol=1e-5
-    )
+    part = MultiHead(heads=4, kv_heads=2, paired=True, window=40)
+    found, expected, graphs = two_layers_with_flex(part, draw(2, 217, 32))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
     code = graphs[0].code
     assert code.count("flex_attention(") == 2

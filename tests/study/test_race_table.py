@@ -110,9 +110,9 @@ def test_the_command_writes_a_result_that_becomes_a_table_and_a_chart(races, tmp
     assert "- demo: mean loss" in said
     result = read_result(out)
     assert "| demo | 0 | 12 | 1,536 |" in table(result)
-    assert stale_figures(tmp_path) == [out.with_suffix(".svg")]
+    assert list(stale_figures(tmp_path)) == [out.with_suffix(".svg")]
     assert write_figures(tmp_path) == [out.with_suffix(".svg")]
-    assert stale_figures(tmp_path) == []
+    assert list(stale_figures(tmp_path)) == []
     drawn = ElementTree.parse(out.with_suffix(".svg"))
     names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     # Two charts, each with a legend.

@@ -24,7 +24,7 @@ from rich.console import Console
 from sabrage.bench import launches, regions
 from sabrage.bench.breakdown_chart import chart
 from sabrage.bench.result import Column, table, write_result
-from sabrage.bench.trial import Trial, asked, ready
+from sabrage.bench.trial import Trial, asked, ready, rows_of
 from sabrage.config import ConfigError
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
@@ -111,13 +111,8 @@ def measure(
     peak = facts.peaks.get("bf16")
     title = facts.name + (f": bf16 peak {peak / 1e12:,.0f} TFLOP/s" if peak else "")
     rows: list[dict[str, Any]] = []
-    for recipe in chosen:
-        try:
-            rows.append(row(recipe, facts, device, stage=stage))
-        except (RuntimeError, ValueError) as error:
-            # Out of memory, or what the compiler cannot do: the others are still measured.
-            rows.append({"recipe": recipe.name, "note": f"failed: {str(error).splitlines()[0]}"})
-        print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
+    for found in rows_of(chosen, lambda recipe: [row(recipe, facts, device, stage=stage)]):
+        rows.append(found)
         # After every row: what was measured outlasts what stops the rest.
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def listen(trial: Trial, knobs: Knobs) -> tuple[list[Piece], int]:
             stack.callback(module.register_forward_pre_hook(partial(listener.enter, kind, part)).remove)
             stack.callback(module.register_forward_hook(listener.leave).remove)
         stack.enter_context(trial.recipe.precision.autocast(trial.device))
-        context = Context(documents_BT=micro.documents_BT, window=knobs.window)
+        context = Context(documents_BT=micro.documents_BT, window=knobs.window, layers=knobs.layers)
         h_BTD = model(micro.tokens_BT, context)
     pieces = [*listener.pieces.values(), head(trial, knobs, micro, h_BTD)]
     return pieces, len(batch.tokens_BT) // rows

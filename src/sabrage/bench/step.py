@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sabrage.bench.result import Column, write_result
-from sabrage.bench.trial import Trial, asked, ready
+from sabrage.bench.trial import Trial, asked, ready, rows_of
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
 from sabrage.run.device import DeviceFacts, probe
@@ -104,20 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = {"name": args.name, "device": facts.name, "commit": args.commit}
     columns = [COLUMNS[0], *STAGE, *COLUMNS[1:]] if args.stages else COLUMNS
     rows: list[dict[str, Any]] = []
-
-    def keep(row: dict[str, Any]) -> None:
+    for row in rows_of(recipes, lambda recipe: measure(recipe, facts, device, stages=args.stages)):
         # After every row: what was measured outlasts what stops the rest.
         rows.append(row)
-        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
         write_result(args.out, columns=columns, rows=rows, **named)
-
-    for recipe in recipes:
-        try:
-            for row in measure(recipe, facts, device, stages=args.stages):
-                keep(row)
-        except (RuntimeError, ValueError) as error:
-            # Out of memory, or what the compiler cannot do: the others are still measured.
-            keep({"recipe": recipe.name, "note": f"failed: {str(error).splitlines()[0]}"})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ CUDA events. Off CUDA the process's own clock takes their place, which is what t
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,24 @@ Work = Callable[[], Any]
 def asked(text: str) -> Recipe:
     """The recipe written RECIPE or RECIPE+a.b=c+d.e=f, called as it is written. Raises ConfigError."""
     return replace(changed(*written(text)), name=text).validate()
+
+
+def rows_of(
+    recipes: Iterable[Recipe], measure: Callable[[Recipe], Iterable[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    """What `measure` tells of each recipe, printed as it comes; one that fails is a row that says so."""
+    for recipe in recipes:
+        try:
+            yield from map(shown, measure(recipe))
+        except (RuntimeError, ValueError) as error:
+            # Out of memory, or what the compiler cannot do: the others are still measured.
+            yield shown({"recipe": recipe.name, "note": f"failed: {str(error).splitlines()[0]}"})
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, after a line that tells it."""
+    print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    return row
 
 
 def times(

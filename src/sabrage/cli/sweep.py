@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class Sweep(Common):
     """Train recipes at several row lengths and equal tokens per step: speed, memory, loss, loss by position.
 
-    Every cell of the table is a run of its own with a micro-batch fitted to the memory. A cell
-    that runs out of memory is told as such; the same command goes on and repeats no finished cell.
+    Every cell of the table is a run of its own with a micro-batch fitted to the memory. A cell that runs out
+    of memory is told as such; the same command goes on and repeats no finished cell.
 
     Try:
       sabrage sweep context base mla --tokens 23592960

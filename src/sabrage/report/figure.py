@@ -71,18 +71,18 @@ def figures(root: Path) -> dict[Path, str]:
     }
 
 
-def stale_figures(root: Path) -> list[Path]:
-    """The drawings that are missing, or not what their result files say."""
-    return [
-        path
+def stale_figures(root: Path) -> dict[Path, str]:
+    """Those of `figures` whose files are missing, or not what the results say."""
+    return {
+        path: text
         for path, text in figures(root).items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    }
 
 
 def write_figures(root: Path) -> list[Path]:
     """Brings every drawing up to date; those that changed."""
     stale = stale_figures(root)
-    for path in stale:
-        path.write_text(figures(root)[path], encoding="utf-8")
-    return stale
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
+    return list(stale)
