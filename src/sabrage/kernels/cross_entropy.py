@@ -29,8 +29,10 @@ from sabrage.kernels.language import KernelError, jit, require, tl
 
 # Matrix units and FP8 want multiples of this many rows of W.
 ROW_MULTIPLE = 64
-# A row of 50,304 logits takes seven turns; 32 warps make each thread's load 16 bytes.
-BLOCK, NUM_WARPS = 8192, 32
+# A row of 50,304 logits takes thirteen turns, of which the last is almost empty.
+BLOCK, NUM_WARPS = 4096, 16
+# Up to this height of the bound, exp(-height) is far from the smallest fp32 number.
+LOW_HEIGHT = 80.0
 
 
 def bounded(x_X: Tensor, softcap: float | None, rescale: tuple[float, float, float] | None) -> Tensor:
@@ -186,6 +188,7 @@ def _row_pass(
         logits_CV.stride(0),
         SETS=targets_CW.shape[1],
         BOUNDED=bound[0] > 0,
+        LOW=0 < bound[0] <= LOW_HEIGHT,
         LEARNS=learns,
         NARROW=narrow_CV is not None,
         BLOCK=BLOCK,
@@ -306,11 +309,51 @@ def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtyp
 
 
 @jit
-def _bounded(raw, height, shift, width, BOUNDED: tl.constexpr):
+def _sunk(raw, slope, offset):
+    """How far below its upper bound a logit lies, as a share of the height."""
+    return 1 / (1 + tl.exp(raw * slope + offset))
+
+
+@jit
+def _log_sum_exp(base, columns, num_real, height, slope, offset, BOUNDED, LOW, BLOCK: tl.constexpr):
+    """Of one row, in nats below the upper bound where there is one."""
+    if LOW:
+        # No logit lies below exp(-height): nothing to find out first, and one sum over threads at the end.
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, num_real, BLOCK):
+            real = start + columns < num_real
+            raw = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_last")
+            sunk = _sunk(raw.to(tl.float32), slope, offset)
+            sums += tl.where(real, tl.exp(sunk * -height), 0.0)
+        lse = tl.log(tl.sum(sums, 0))
+    else:
+        largest = -float("inf")
+        total = 0.0
+        for start in range(0, num_real, BLOCK):
+            real = start + columns < num_real
+            raw = tl.load(base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_last")
+            z = raw.to(tl.float32)
+            if BOUNDED:
+                # A bounded -inf would be a number: masked lanes are put out afterwards.
+                z = tl.where(real, -height * _sunk(z, slope, offset), -float("inf"))
+            new = tl.maximum(largest, tl.max(z, 0))
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
+            largest = new
+        lse = largest + tl.log(total)
+    return lse
+
+
+@jit
+def _bounded(raw, height, width, slope, offset, BOUNDED):
+    """(z, dz / draw), z being what `_log_sum_exp` is told of."""
     if BOUNDED:
-        # height / 2 below the sigmoid: no probability sees it, and sums lose less.
-        raw = height / 2 - height / (1 + tl.exp((raw + shift) / width))
-    return raw
+        sunk = _sunk(raw, slope, offset)
+        z = -height * sunk
+        # Multiplied, not divided: divisions are what this kernel would wait for.
+        steep = (sunk - sunk * sunk) * (height / width)
+    else:
+        z, steep = raw, 1.0
+    return z, steep
 
 
 @jit
@@ -328,6 +371,7 @@ def _rows(
     stride,
     SETS: tl.constexpr,
     BOUNDED: tl.constexpr,
+    LOW: tl.constexpr,
     LEARNS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -336,51 +380,35 @@ def _rows(
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     columns = tl.arange(0, BLOCK)
-    largest = -float("inf")
-    total = 0.0
-    for start in range(0, num_real, BLOCK):
-        raw = tl.load(
-            base + start + columns,
-            mask=start + columns < num_real,
-            other=-float("inf"),
-            eviction_policy="evict_last",
-        ).to(tl.float32)
-        # A bounded -inf would be 0: masked lanes are put out afterwards.
-        z = _bounded(raw, height, shift, width, BOUNDED)
-        z = tl.where(start + columns < num_real, z, -float("inf"))
-        new = tl.maximum(largest, tl.max(z, 0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
-        largest = new
-    lse = largest + tl.log(total)
+    slope = 1 / width if BOUNDED else 0.0
+    offset = shift * slope
+    lse = _log_sum_exp(base, columns, num_real, height, slope, offset, BOUNDED, LOW, BLOCK)
     weight = 0.0
     for index in tl.static_range(SETS):
         target = tl.load(targets + row * SETS + index)
         inside = (target >= 0) & (target < num_real)
         raw = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
-        loss = lse - _bounded(raw, height, shift, width, BOUNDED)
-        tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, loss))
-        coefficient = tl.load(coefficients + index)
-        weight += tl.where(target < 0, 0.0, coefficient)
+        aimed_at, unused = _bounded(raw, height, width, slope, offset, BOUNDED)
+        tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, lse - aimed_at))
+        weight += tl.where(target < 0, 0.0, tl.load(coefficients + index))
     if LEARNS:
         # No thread may overwrite a target's logit before every thread has read it.
         tl.debug_barrier()
+        scale = 1 / tl.load(narrow_scale)
         for start in range(0, stride, BLOCK):
             real = start + columns < num_real
             again = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_first")
-            z = _bounded(again.to(tl.float32), height, shift, width, BOUNDED)
-            grad = weight * tl.exp(z - lse)
+            z, steep = _bounded(again.to(tl.float32), height, width, slope, offset, BOUNDED)
+            grad = weight * tl.exp(z - lse) * steep
             for index in tl.static_range(SETS):
-                target = tl.load(targets + row * SETS + index)
+                column = tl.load(targets + row * SETS + index).to(tl.int32)
                 coefficient = tl.load(coefficients + index)
-                grad -= tl.where(start + columns == target, coefficient, 0.0)
-            if BOUNDED:
-                grad *= (height / 2 - z) * (height / 2 + z) / (height * width)
+                grad -= tl.where(start + columns == column, coefficient, 0.0) * steep
             grad = tl.where(real, grad, 0.0)
             tl.store(base + start + columns, grad.to(logits.dtype.element_ty), mask=start + columns < stride)
             if NARROW:
-                scaled = grad / tl.load(narrow_scale)
                 tl.store(
                     narrow + row * stride + start + columns,
-                    scaled.to(narrow.dtype.element_ty),
+                    (grad * scale).to(narrow.dtype.element_ty),
                     mask=start + columns < stride,
                 )

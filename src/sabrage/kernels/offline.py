@@ -137,32 +137,26 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "width": "fp32",
         "stride": "i32:16",
     }
-    constants = {"SETS": 2, "BOUNDED": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
-    builds = [
+    constants = {"SETS": 2, "BOUNDED": True, "LOW": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
+    kinds = {
+        "": constants,
+        ", high bound": constants | {"LOW": False},
+        ", no bound": constants | {"LOW": False, "BOUNDED": False},
+    }
+    if capability >= (8, 9):
+        kinds[", FP8"] = constants | {"NARROW": True}
+    return [
         Build(
-            "cross-entropy rows",
+            f"cross-entropy rows{kind}",
             cross_entropy._rows,
-            types,
-            constants,
+            types | {"narrow": "*fp8e5" if own["NARROW"] else "*bf16"},
+            own,
             cross_entropy.NUM_WARPS,
             3,
             max_registers=64,
         )
+        for kind, own in kinds.items()
     ]
-    if capability >= (8, 9):
-        types, constants = types | {"narrow": "*fp8e5"}, constants | {"NARROW": True}
-        builds.append(
-            Build(
-                "cross-entropy rows, FP8",
-                cross_entropy._rows,
-                types,
-                constants,
-                cross_entropy.NUM_WARPS,
-                3,
-                max_registers=64,
-            )
-        )
-    return builds
 
 
 def _residual_norm(capability: tuple[int, int]) -> list[Build]:

@@ -17,12 +17,16 @@ from sabrage.parts import Knobs, Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-    """Fused AdamW; the defaults are those of the NoCap baseline. `lr` and `weight_decay` are peak values."""
+    """Fused AdamW; the defaults are those of the NoCap baseline. `lr` and `weight_decay` are peak values.
+
+    With `every` = n the weights move at each n-th step, by the gradients summed since the last.
+    """
 
     lr: float = 0.0018
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    every: int = 1
 
     def problems(self) -> list[str]:
         found = [
@@ -30,6 +34,8 @@ class AdamW(Optimizer):
             for name in ("lr", "eps", "weight_decay")
             if getattr(self, name) < 0
         ]
+        if self.every < 1:
+            found.append(f"AdamW.every={self.every}, allowed: at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"AdamW.betas={self.betas}, allowed: two numbers from 0 to below 1")
         return found
@@ -51,6 +57,9 @@ class AdamW(Optimizer):
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         return optimizer
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.every == 0
 
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
         return {"lr": self.lr * knobs.lr, "weight_decay": self.weight_decay * knobs.weight_decay}
