@@ -34,11 +34,16 @@ def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", ["fast", "fast-24gb"])
 def test_tables_that_learn_at_rare_tokens_have_a_rate_of_their_own_and_no_decay(name):
-    (tables,) = [
-        (optimizer, keys) for optimizer, keys in groups(find(name)) if any("tables" in key for key in keys)
+    tables = [
+        (optimizer, keys)
+        for optimizer, keys in groups(find(name))
+        if any("tables" in key or "pairs" in key for key in keys)
     ]
-    assert tables[1] == ["model.embedding.pairs_RD", *(f"model.wiring.tables.{n}" for n in range(3))]
-    assert tables[0].weight_decay == 0
+    assert [keys for _, keys in tables] == [
+        [f"model.wiring.tables.{n}" for n in range(3)],
+        ["model.embedding.pairs_RD"],
+    ]
+    assert all(optimizer.weight_decay == 0 for optimizer, _ in tables)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +63,7 @@ def test_training_has_one_graph_and_validation_one(name):
 def test_what_a_24_gb_card_trains_fits_it_and_needs_no_fp8():
     recipe = find("fast-24gb")
     tokens = recipe.runtime.micro_batch * recipe.plan.at(0).sequence_length
-    assert memory_estimate(recipe.model, tokens, objective=recipe.objective) < 20e9
+    assert memory_estimate(recipe.model, tokens, objective=recipe.objective) < 22e9
     rtx_3090 = DeviceFacts(
         kind="cuda",
         name="RTX 3090",
@@ -73,6 +78,8 @@ def test_what_a_24_gb_card_trains_fits_it_and_needs_no_fp8():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_copy_learns_from_packed_documents(name, run_recipe):
     recipe = shrink(find(name))
+    # No CPU has an FP8 head.
+    recipe = replace(recipe, model=replace(recipe.model, head=replace(recipe.model.head, fp8=False)))
     data = replace(recipe.data, order="documents", block_tokens=4 * LENGTH)
     plan = replace(recipe.plan, steps=30, lr=replace(recipe.plan.lr, warmup=2, warmdown=15))
     _, run = run_recipe(replace(recipe, data=data, plan=plan))

@@ -18,6 +18,8 @@ class ModelSpec(Part):
     """What the model is made of.
 
     `mixers` and `feedforwards` are repeating per-layer patterns: layer l takes item l modulo their length.
+    With `narrow_stream` the residual stream has the format of the products, where autocast has one narrower
+    than fp32: half the traffic of norms, residuals and skips.
     """
 
     layers: int
@@ -28,6 +30,7 @@ class ModelSpec(Part):
     feedforwards: tuple[FeedForward, ...]
     wiring: Wiring
     head: Head
+    narrow_stream: bool = False
 
     def problems(self) -> list[str]:
         found = [
@@ -122,6 +125,8 @@ class LM(nn.Module):
         context = context or Context()
         context.tokens_BT = tokens_BT
         x_BTD = self.embedding(tokens_BT, context)
+        if self.spec.narrow_stream and torch.is_autocast_enabled(x_BTD.device.type):
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         return self.wiring(x_BTD, with_idle(self.blocks, context), context)
 
     def logits(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:

@@ -66,4 +66,4 @@ class GatedSkips(nn.Module):
         row, source_BTD = self.rows[reader], states[self.sources[reader] + 1]
         gate_D = self.gates_PD[row]
         opened_BT1 = 2 * torch.sigmoid((states[0][..., : len(gate_D)] * gate_D).sum(-1, keepdim=True))
-        return x_BTD + self.scales_P[row] * opened_BT1 * source_BTD
+        return x_BTD + (self.scales_P[row] * opened_BT1).to(x_BTD.dtype) * source_BTD
