@@ -14,6 +14,7 @@ from sabrage.model.lm import Block, ModelSpec, build_model
 from sabrage.norms import rms_norm
 from sabrage.objective.next_token import NextToken
 from sabrage.parts import Batch
+from sabrage.recipes import find
 from sabrage.wiring.residual import Residual
 
 
@@ -177,3 +178,22 @@ def test_an_untrained_model_is_near_the_loss_of_a_uniform_guess():
     tokens_BT = torch.randint(1000, (4, 65), generator=torch.Generator().manual_seed(0))
     loss = model.head.loss(model(tokens_BT[:, :-1]), tokens_BT[:, 1:])
     assert loss.item() == pytest.approx(math.log(1000), abs=0.5)
+
+
+def test_a_narrow_stream_has_the_format_of_the_products_and_is_idle_without_autocast():
+    tokens_BT = torch.arange(12).view(2, 6)
+    wide, narrow = (build_model(spec(narrow_stream=on), seed=0) for on in (False, True))
+    assert torch.equal(narrow(tokens_BT), wide(tokens_BT))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact, rounded = wide(tokens_BT), narrow(tokens_BT)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.05)
+
+
+def test_no_skip_of_the_fast_recipe_widens_a_narrow_stream():
+    wiring = find("fast").model.wiring.inner.build(dim=16, num_layers=4, vocab_size=50)
+    x_BTD = draw(1, 5, 16).bfloat16()
+    states = [x_BTD]
+    for _ in range(4):
+        assert wiring.read(states).dtype == torch.bfloat16
+        states.append(x_BTD)

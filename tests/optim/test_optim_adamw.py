@@ -91,3 +91,29 @@ def test_adamw_survives_json_and_names_bad_values():
     assert AdamW().problems() == []
     (sentence,) = AdamW(betas=(0.9, 1.0)).problems()
     assert "AdamW.betas=(0.9, 1.0)" in sentence
+
+
+def test_every_second_step_moves_by_the_gradients_of_both():
+    def one():
+        return [("w", torch.nn.Parameter(torch.arange(6.0).view(2, 3)))]
+
+    (pair, sum_of_both), groups = (one(), one()), []
+    for part in (AdamW(every=2), AdamW()):
+        groups.append([OptimizerGroup(pattern=".*", optimizer=part)])
+    halting = Optimizers(groups[0], pair, "cpu")
+    steady = Optimizers(groups[1], sum_of_both, "cpu")
+    first, second = torch.full((2, 3), 0.5), torch.linspace(-1, 1, 6).view(2, 3)
+    weight = pair[0][1]
+    weight.grad = first.clone()
+    halting.step(knobs(0))
+    halting.zero_grad()
+    assert torch.equal(weight.detach(), torch.arange(6.0).view(2, 3))
+    assert torch.equal(weight.grad, first)
+    weight.grad += second
+    halting.step(knobs(1))
+    halting.zero_grad()
+    assert weight.grad is None
+    sum_of_both[0][1].grad = first + second
+    steady.step(knobs(1))
+    assert torch.equal(weight, sum_of_both[0][1])
+    assert "AdamW.every=0" in AdamW(every=0).problems()[0]

@@ -331,7 +331,9 @@ def _log_sum_exp(base, columns, num_real, height, slope, offset, BOUNDED, LOW, B
         total = 0.0
         for start in range(0, num_real, BLOCK):
             real = start + columns < num_real
-            raw = tl.load(base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_last")
+            raw = tl.load(
+                base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_last"
+            )
             z = raw.to(tl.float32)
             if BOUNDED:
                 # A bounded -inf would be a number: masked lanes are put out afterwards.
@@ -388,7 +390,7 @@ def _rows(
         target = tl.load(targets + row * SETS + index)
         inside = (target >= 0) & (target < num_real)
         raw = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
-        aimed_at, unused = _bounded(raw, height, width, slope, offset, BOUNDED)
+        aimed_at, _unused = _bounded(raw, height, width, slope, offset, BOUNDED)
         tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, lse - aimed_at))
         weight += tl.where(target < 0, 0.0, tl.load(coefficients + index))
     if LEARNS:
@@ -397,7 +399,9 @@ def _rows(
         scale = 1 / tl.load(narrow_scale)
         for start in range(0, stride, BLOCK):
             real = start + columns < num_real
-            again = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_first")
+            again = tl.load(
+                base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_first"
+            )
             z, steep = _bounded(again.to(tl.float32), height, width, slope, offset, BOUNDED)
             grad = weight * tl.exp(z - lse) * steep
             for index in tl.static_range(SETS):

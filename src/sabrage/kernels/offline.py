@@ -137,7 +137,14 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "width": "fp32",
         "stride": "i32:16",
     }
-    constants = {"SETS": 2, "BOUNDED": True, "LOW": True, "LEARNS": True, "NARROW": False, "BLOCK": cross_entropy.BLOCK}
+    constants = {
+        "SETS": 2,
+        "BOUNDED": True,
+        "LOW": True,
+        "LEARNS": True,
+        "NARROW": False,
+        "BLOCK": cross_entropy.BLOCK,
+    }
     kinds = {
         "": constants,
         ", high bound": constants | {"LOW": False},

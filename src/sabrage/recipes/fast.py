@@ -48,6 +48,7 @@ NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512)
 # As long as a row in training, so that the longer rows of validation hold no distance that is new. Half of a
 # key does not turn and is that of the token before: what followed this token earlier takes one layer to find.
 FAR = replace(NEAR, window=2048, rotary=Rotary(share=0.5), key_offset=True)
+HEAD = FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True)
 
 fast = replace(
     base,
@@ -63,7 +64,7 @@ fast = replace(
         wiring=ValueEmbeddings(
             inner=Skipping(residual=Residual(), skips=(SkipScales(), LayerSkips())), gates=6
         ),
-        head=FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True),
+        head=HEAD,
         narrow_stream=True,
     ),
     optim=(
@@ -100,8 +101,8 @@ fast = replace(
     budget=Budget(evaluate_every=240, evaluation_length=8192, evaluation_documents=True),
 )
 
-# Half the pairs, and 16 rows at a time: weights, gradients and moments of the tables leave room for no more in
-# 22 GB by the estimate of `sabrage show fast-24gb`. Nothing in it needs FP8 or Hopper.
+# Half the pairs, and 16 rows at a time: weights, gradients and moments of the tables leave room for no more
+# in 22 GB. Nothing in it needs FP8 or Hopper.
 fast_24gb = replace(
     fast,
     name="fast-24gb",
@@ -109,7 +110,7 @@ fast_24gb = replace(
     model=replace(
         fast.model,
         embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
-        head=replace(fast.model.head, fp8=False),
+        head=replace(HEAD, fp8=False),
     ),
     runtime=replace(fast.runtime, micro_batch=16),
 )
