@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sabrage.kernels import (
-    cross_entropy,
+    cross_entropy_rows,
     grouped_product,
     linear_activation,
     paged_attention,
@@ -143,7 +143,7 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "LOW": True,
         "LEARNS": True,
         "NARROW": False,
-        "BLOCK": cross_entropy.BLOCK,
+        "BLOCK": cross_entropy_rows.BLOCK,
     }
     kinds = {
         "": constants,
@@ -155,10 +155,10 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
     return [
         Build(
             f"cross-entropy rows{kind}",
-            cross_entropy._rows,
+            cross_entropy_rows.rows,
             types | {"narrow": "*fp8e5" if own["NARROW"] else "*bf16"},
             own,
-            cross_entropy.NUM_WARPS,
+            cross_entropy_rows.NUM_WARPS,
             3,
             max_registers=64,
         )
