@@ -12,11 +12,11 @@
 #   breakdown  where a step's time goes in nocap, base and fast (6)
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
-#   screen     changes of `fast` that its first race asks for, one seed, at 47.2M tokens or STEPS (2 a change)
+#   screen     changes of `fast` that its second race asks for, one seed, at 47.2M tokens or TOKENS (2 a change)
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
 # run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
 # are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
-# (stand-in), STEPS the steps of ablation (300) and screen (420), KEEP anything to keep checkpoints, COMMIT the
+# (stand-in), STEPS the steps of ablation (300), KEEP anything to keep checkpoints, COMMIT the
 # code's commit where this copy is no git checkout. A stage that fails does not stop the rest.
 #
 # To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
@@ -34,18 +34,22 @@ visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,nohe
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 mkdir -p "$out/runs"
-# Why these: LOG.md, the first race of `fast`. Muon decays four times as much as the peer's; the tables not at all.
+# Why these: LOG.md, the second race of `fast`. Those that share its graphs come first.
+ahead='objective={"part":"SharedAhead","tokens":3}+plan.loss_weights=[{"part":"Constant"},'
+ahead+='{"part":"Anneal","first":0.5,"begin":480,"end":960},{"part":"Anneal","first":0.25,"end":480}]'
 changes=(
-  fast+optim.0.optimizer.weight_decay=0.025
-  fast+optim.1.optimizer.weight_decay=0.03
-  fast+optim.1.optimizer.lr=0.1
-  fast+optim.0.optimizer.lr=0.035
-  fast+model.layers=12
-  fast+model.mixers.4.rotary.share=0.5+model.mixers.4.key_offset=true
+  fast+optim.0.optimizer.lr=0.02
+  fast+optim.1.optimizer.lr=0.6
+  'fast+optim.0.optimizer.stacks=[["qkv",9]]'
+  fast+optim.3.optimizer.lr=0.02
+  fast+optim.4.optimizer.lr=0.012
+  'fast+plan.tokens_per_step.values=[32768,65536,131072]+plan.tokens_per_step.starts=[0,240,840]+data.block_tokens=32768+plan.steps=1560'
+  "fast+$ahead"
+  fast+model.layers=11
+  fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
+  fast+model.mixers.0.paired=true+model.mixers.2.paired=true
   fast+model.mixers.0.exclusive_self=true+model.mixers.1.exclusive_self=true+model.mixers.2.exclusive_self=true
-  fast+model.mixers.4.window=1024
-  fast+model.head.fp8=true
-  fast+optim.1.optimizer.lr=0.1+optim.1.optimizer.weight_decay=0.03+optim.0.optimizer.weight_decay=0.025
+  fast+model.mixers.0.gate=true+model.mixers.1.gate=true+model.mixers.2.gate=true+model.mixers.4.gate=true
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
@@ -86,7 +90,7 @@ screen() {  # every change beside `fast`, the changes dealt out over the cards, 
     for ((turn = lane; turn < ${#changes[@]}; turn += ${#cards[@]})); do own+=("${changes[turn]}"); done
     [ ${#own[@]} -gt 0 ] || continue
     CUDA_VISIBLE_DEVICES=${cards[lane]} python3 -m sabrage study compare fast "${own[@]}" --inline \
-      --steps "${STEPS:-420}" --seeds 1 "${track[@]}" --out "$out/screen-$lane" --result "$out/screen-$lane.json" &
+      --tokens "${TOKENS:-47185920}" --seeds 1 "${track[@]}" --out "$out/screen-$lane" --result "$out/screen-$lane.json" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || ok=1; done

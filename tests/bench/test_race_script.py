@@ -9,6 +9,7 @@ import torch
 
 from sabrage.cli import parse
 from sabrage.run.folder import RunFolder
+from sabrage.study.plan import fitted, parse_variant
 from sabrage.train.loop import train
 from sabrage.train.world import World
 
@@ -125,6 +126,20 @@ def test_all_stages_give_commands_that_parse(race):
     (study,) = [words for words in commands if "study" in words]
     ablation = parse(study[3:]).command
     assert (ablation.recipe, ablation.base, ablation.alone, ablation.steps) == ("fast", "base", True, 300)
+
+
+def test_every_change_that_is_screened_is_a_recipe_of_the_same_length(race):
+    code, said, commands = race("screen", CARDS="0 1")
+    assert code == 0, said
+    lanes = [parse(words[3:]).command for words in commands if "study" in words]
+    assert [lane.recipes[0] for lane in lanes] == ["fast", "fast"]
+    changed = [text for lane in lanes for text in lane.recipes[1:]]
+    assert len(changed) == len(set(changed)) >= 10
+    for lane in lanes:
+        for text in lane.recipes:
+            recipe = fitted(parse_variant(text).make(), tokens=lane.tokens)
+            assert recipe.problems() == []
+            assert abs(recipe.plan.tokens() - lane.tokens) < 0.01 * lane.tokens, text
 
 
 def test_an_unknown_stage_fails(race):
