@@ -1,4 +1,4 @@
-"""Embeddings that look one token back: their formulas, their beginnings, documents and decoding."""
+"""Embeddings that look back: their formulas, their beginnings, documents and decoding."""
 
 from dataclasses import replace
 
@@ -9,11 +9,13 @@ from contracts import CONTRACT, build, draw_tokens, shrink
 from sabrage.context import Context
 from sabrage.model.ends import TokenTable
 from sabrage.model.lm import build_model
-from sabrage.model.previous import BigramHash, Smear, scramble
+from sabrage.model.previous import BigramHash, Smear, TrigramHash, scramble
 from sabrage.norms import rms_norm
 from sabrage.recipes import find
 
-BOTH = Smear(inner=BigramHash(inner=TokenTable(normalise=True), rows=50, width=16))
+BOTH = Smear(
+    inner=TrigramHash(inner=BigramHash(inner=TokenTable(normalise=True), rows=50, width=16), rows=40, width=8)
+)
 
 
 def spec(embedding):
@@ -30,7 +32,7 @@ def made(part, *, dim=8, vocab_size=300, seed=0):
     return module
 
 
-@pytest.mark.parametrize("part", [Smear(), BigramHash(rows=50), BOTH])
+@pytest.mark.parametrize("part", [Smear(), BigramHash(rows=50), TrigramHash(rows=50), BOTH])
 def test_an_embedding_starts_as_the_one_it_wraps_bit_for_bit(part):
     model, plain = (build_model(spec(each), seed=0) for each in (part, TokenTable()))
     if part is BOTH:
@@ -70,6 +72,18 @@ def test_a_pair_adds_its_row_with_signs_wherever_it_occurs():
     assert rows.max() < 1e-5, "what a pair adds is a row of the table but for signs"
 
 
+def test_a_triple_adds_what_only_its_three_tokens_decide():
+    module = made(TrigramHash(rows=5000))
+    tokens_BT = torch.tensor([[7, 3, 1, 9, 3, 1, 7, 3, 1]])
+    added_TD = (module(tokens_BT, Context()) - module.inner.weight[tokens_BT])[0]
+    torch.testing.assert_close(added_TD[2], added_TD[8])
+    assert not torch.isclose(added_TD[2], added_TD[5]).any(), "9 3 1 is not 7 3 1"
+    assert not torch.isclose(added_TD[1], added_TD[7]).any(), "nothing, 7, 3 is not 1, 7, 3"
+    sizes = added_TD.abs()
+    rows = (sizes[:, None] - module.triples_RD.abs()).abs().amax(-1).amin(-1)
+    assert rows.max() < 1e-5, "what a triple adds is a row of the table but for signs"
+
+
 def test_pairs_of_one_row_have_signs_that_average_out():
     """What many pairs add from a table of one row has mean zero, number by number and pair by pair."""
     module = BigramHash(rows=1, width=512).build(dim=512, vocab_size=300)
@@ -90,7 +104,7 @@ def test_pairs_spread_evenly_over_the_rows():
     assert (counts - 900).abs().max() < 5 * 30
 
 
-@pytest.mark.parametrize("part", [Smear(start=1.0), BigramHash(rows=50)])
+@pytest.mark.parametrize("part", [Smear(start=1.0), BigramHash(rows=50), TrigramHash(rows=50)])
 def test_a_document_begins_as_a_sequence_does(part):
     module = made(part)
     tokens_BT, documents_BT = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
@@ -104,9 +118,10 @@ def test_both_together_keep_the_contract(check):
     CONTRACT[check](build(spec(BOTH)))
 
 
-def test_a_token_survives_a_narrow_cache():
+@pytest.mark.parametrize("part", [BigramHash(rows=5000), TrigramHash(rows=5000)])
+def test_a_token_survives_a_narrow_cache(part):
     """Ids that bf16 cannot hold are cached as digits that it can."""
-    module = made(BigramHash(rows=5000), vocab_size=50257)
+    module = made(part, vocab_size=50257)
     tokens_BT = torch.tensor([[50256, 50255, 777, 50001, 256, 255]])
 
     class NarrowCache:
@@ -123,5 +138,6 @@ def test_sizes_that_cannot_be_are_refused():
     assert BigramHash(rows=0, width=-1).problems()
     with pytest.raises(ValueError, match="use 8 or less"):
         BigramHash(width=9).build(dim=8, vocab_size=10)
-    with pytest.raises(ValueError, match="takes up to 65535"):
-        BigramHash().build(dim=8, vocab_size=65536)
+    for part in (BigramHash(), TrigramHash()):
+        with pytest.raises(ValueError, match=f"{type(part).__name__} takes up to 65535"):
+            part.build(dim=8, vocab_size=65536)

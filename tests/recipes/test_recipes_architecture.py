@@ -22,7 +22,7 @@ from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skipping
 from sabrage.wiring.value_embeddings import ValueEmbeddings
 
-TABLES = {"model.embedding.weight", "model.embedding.inner.weight", "model.head.weight"}
+TABLES = {"model.head.weight", *("model.embedding." + "inner." * depth + "weight" for depth in range(3))}
 NAMES = [recipe.name for recipe in architecture]
 
 

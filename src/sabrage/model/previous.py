@@ -1,4 +1,4 @@
-"""Embeddings that also look one token back: `Smear` by its vector, `BigramHash` by the pair of tokens.
+"""Embeddings that also look back: `Smear` by the vector before, `BigramHash` and `TrigramHash` by the tokens.
 
 Each wraps another embedding and starts as that one, bit for bit. The first token of a sequence and of a
 document has none before it. What a token has to know of the one before is a stream of the cache of layer 0.
@@ -103,7 +103,12 @@ class BigramHash(Embedding):
         if self.width > dim:
             raise ValueError(f"width={self.width} is more than dim={dim}; use {dim} or less, or 0 for all")
         if vocab_size >= DIGIT**2:
-            raise ValueError(f"a vocabulary of {vocab_size} tokens; BigramHash takes up to {DIGIT**2 - 1}")
+            raise ValueError(
+                f"a vocabulary of {vocab_size} tokens; {type(self).__name__} takes up to {DIGIT**2 - 1}"
+            )
+        return self.module(dim=dim, vocab_size=vocab_size)
+
+    def module(self, *, dim: int, vocab_size: int) -> nn.Module:
         return BigramEmbedding(self, dim=dim, vocab_size=vocab_size)
 
 
@@ -115,21 +120,71 @@ class BigramEmbedding(Wrapped):
     def __init__(self, part: BigramHash, *, dim: int, vocab_size: int) -> None:
         super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
         self.pairs_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
-        # Numbers of 64 bits, made here: in a compiled kernel an index has 32 and so would the product.
-        salts_D = GOLDEN * torch.arange(1, 1 + self.pairs_RD.shape[1])
-        self.register_buffer("salts_D", salts_D, persistent=False)
+        self.register_buffer("salts_D", salts(self.pairs_RD.shape[1]), persistent=False)
 
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.inner(tokens_BT, context)
-        rows, width = self.pairs_RD.shape
-        # Two digits are exact in a cache of any format, and no token is 0.
-        digits_BT2 = torch.stack(((tokens_BT + 1) // DIGIT, (tokens_BT + 1) % DIGIT), -1).float()
-        before_BT2 = one_back(digits_BT2, context, stream="token").long()
-        hash_BT = scramble((before_BT2[..., 0] * DIGIT + before_BT2[..., 1]) * DIGIT**2 + tokens_BT)
-        negative_BTD = scramble(hash_BT[..., None] + self.salts_D) < 0
-        pair_BTD = F.embedding(hash_BT % rows, self.pairs_RD)
-        signed_BTD = torch.where(negative_BTD, -pair_BTD, pair_BTD)
-        return x_BTD + F.pad(signed_BTD, (0, x_BTD.shape[-1] - width))
+        before_BT2 = one_back(digits(tokens_BT), context, stream="token")
+        hash_BT = scramble(number(before_BT2) * DIGIT**2 + tokens_BT)
+        return x_BTD + signed_row(hash_BT, self.pairs_RD, self.salts_D, dim=x_BTD.shape[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigramHash(BigramHash):
+    """`BigramHash` of three tokens: h = hash(token t-2, token t-1, token t).
+
+    Hashed tables of n-grams at a model's input: Huang et al. 2025, "Over-tokenized transformer" (arXiv
+    2501.16975); inside it: Cheng et al. 2026, "Engram" (arXiv 2601.07372). It caches four numbers a token.
+    """
+
+    def streams(self, dim: int) -> dict[str, int]:
+        return self.inner.streams(dim) | {"second": 2, "third": 2}
+
+    def module(self, *, dim: int, vocab_size: int) -> nn.Module:
+        return TrigramEmbedding(self, dim=dim, vocab_size=vocab_size)
+
+
+class TrigramEmbedding(Wrapped):
+    """The module of `TrigramHash`."""
+
+    salts_D: Tensor
+
+    def __init__(self, part: TrigramHash, *, dim: int, vocab_size: int) -> None:
+        super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
+        self.triples_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
+        self.register_buffer("salts_D", salts(self.triples_RD.shape[1]), persistent=False)
+
+    def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        x_BTD = self.inner(tokens_BT, context)
+        second_BT2 = one_back(digits(tokens_BT), context, stream="second")
+        third_BT2 = one_back(second_BT2, context, stream="third")
+        pair_BT = number(second_BT2) * DIGIT**2 + tokens_BT
+        hash_BT = scramble(pair_BT + GOLDEN * number(third_BT2))
+        return x_BTD + signed_row(hash_BT, self.triples_RD, self.salts_D, dim=x_BTD.shape[-1])
+
+
+def digits(tokens_BT: Tensor) -> Tensor:
+    """(B, T, 2): two digits are exact in a cache of any format, and no token is 0."""
+    return torch.stack(((tokens_BT + 1) // DIGIT, (tokens_BT + 1) % DIGIT), -1).float()
+
+
+def number(digits_BT2: Tensor) -> Tensor:
+    """The number with these digits: one more than a token, and 0 where there is none."""
+    whole_BT2 = digits_BT2.long()
+    return whole_BT2[..., 0] * DIGIT + whole_BT2[..., 1]
+
+
+def salts(width: int) -> Tensor:
+    """Numbers of 64 bits, made beforehand: in a compiled kernel an index has 32 and so would the product."""
+    return GOLDEN * torch.arange(1, 1 + width)
+
+
+def signed_row(hash_BT: Tensor, table_RX: Tensor, salts_X: Tensor, *, dim: int) -> Tensor:
+    """(B, T, D): the row of each hash with the signs that the hash draws, zeros beyond its width."""
+    rows, width = table_RX.shape
+    negative_BTX = scramble(hash_BT[..., None] + salts_X) < 0
+    row_BTX = F.embedding(hash_BT % rows, table_RX)
+    return F.pad(torch.where(negative_BTX, -row_BTX, row_BTX), (0, dim - width))
 
 
 DIGIT = 256

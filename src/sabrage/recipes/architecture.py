@@ -7,7 +7,7 @@ of pairs or of values moves only where its tokens occur, so it gets a higher rat
 from dataclasses import replace
 
 from sabrage.model.ends import LinearHead, Rescale, TokenTable
-from sabrage.model.previous import BigramHash, Smear
+from sabrage.model.previous import BigramHash, Smear, TrigramHash
 from sabrage.optim.adamw import AdamW
 from sabrage.optim.tied_adamw import TiedAdamW
 from sabrage.parts import OptimizerGroup
@@ -25,7 +25,7 @@ RESCALED = LinearHead(tied=False, zero_init=True, rescale=Rescale())
 SCALARS = OptimizerGroup(
     pattern=r"embedding\.(inner\.)*(scale|gate)|wiring\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)
 )
-PAIRS = OptimizerGroup(pattern=r"pairs", optimizer=AdamW(lr=0.02, weight_decay=0.0))
+PAIRS = OptimizerGroup(pattern=r"pairs|triples", optimizer=AdamW(lr=0.02, weight_decay=0.0))
 
 
 def _skips(*skips: Skip) -> Skipping:
@@ -69,6 +69,12 @@ architecture = (
     ),
     variant("smear", "base with a gated share of the token before", SCALARS, embedding=Smear()),
     variant("bigram", "base with a hashed table of token pairs", PAIRS, embedding=BigramHash()),
+    variant(
+        "trigram",
+        "base with hashed tables of token pairs and triples",
+        PAIRS,
+        embedding=TrigramHash(inner=BigramHash()),
+    ),
     variant(
         "skip-scales",
         "base with learned residual and embedding-skip scales",

@@ -84,7 +84,7 @@ fast = replace(
         ),
         # One occurrence moves a row by about five times the rate, and most pairs are rare.
         OptimizerGroup(
-            pattern="pairs",
+            pattern=r"pairs|triples",
             optimizer=AdamW(lr=0.03, betas=(0.75, 0.95), eps=1e-12, weight_decay=0.0, every=2),
         ),
         OptimizerGroup(
