@@ -5,12 +5,20 @@ Triton must be told that it interprets before any kernel is defined, so the fixt
 
 import json
 import os
+import sys
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_logreport(report):
+    """Names a failure at once: the list comes last, and a run that is cut off never gets there."""
+    # Only the process that prints; xdist's workers report to it.
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when})", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture
