@@ -46,6 +46,7 @@ changes=(
   'fast+plan.tokens_per_step.values=[32768,65536,131072]+plan.tokens_per_step.starts=[0,240,840]+data.block_tokens=32768+plan.steps=1560'
   "fast+$ahead"
   fast+model.layers=11
+  fast+model.wiring.pairs=262144
   fast+model.embedding=TrigramHash+model.embedding.inner=BigramHash+model.embedding.inner.inner.normalise=true
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
   fast+model.mixers.0.paired=true+model.mixers.2.paired=true

@@ -49,7 +49,8 @@ class Cache(Protocol):
 class Context:
     """What a part may know beside its input: absolute positions (None: 0 to T-1), documents, the cache.
 
-    `tokens_BT` is what the model was given, `values_BTD` what the mixer that is called adds to its values.
+    `tokens_BT` is what the model was given, `pairs_BT` a hash (int64) of each token and the one before where
+    the embedding makes one, `values_BTD` what the mixer that is called adds to its values.
     `window` and `layers` are the plan's, as in `Knobs`; with a cache all layers are active. In training a
     part may add terms to the loss with `add_loss`, and numbers to the log with `note`.
     """
@@ -60,6 +61,7 @@ class Context:
     window: int | None = None
     layers: int | None = None
     tokens_BT: Tensor | None = None
+    pairs_BT: Tensor | None = None
     values_BTD: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     readings: dict[str, list[Tensor]] = field(default_factory=dict)

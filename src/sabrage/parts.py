@@ -1,8 +1,7 @@
 """The small interfaces between rooms: what a recipe is made of and what each piece must offer.
 
-Parts (frozen values) build modules. Modules meet only through the types of this file, so a technique is
-one new file with one part in it. Shape letters: B batch, T time, D model width, H heads, K head width,
-V vocabulary.
+Parts (frozen values) build modules. Modules meet only through the types of this file, so a technique is one
+file with one part in it. Shapes: B batch, T time, D model width, H heads, K head width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -25,8 +24,7 @@ from sabrage.schedule import Schedule
 class Knobs:
     """The values of everything that varies in time, at one step of a run of `steps`.
 
-    `lr` and `weight_decay` multiply each optimizer's own peak values; `sequence_length` and
-    `tokens_per_step` are tokens; `loss_weights` are the objective's weights, as many as it declares.
+    `lr` and `weight_decay` multiply each optimizer's peak values; `loss_weights` are the objective's.
     `window` is how many tokens a windowed layer sees, itself included, `layers` how many work; None: all.
     """
 
@@ -44,10 +42,9 @@ class Knobs:
 
 @dataclass
 class Batch:
-    """One micro-batch on the device: `targets_BT[b, t]` is the token after `tokens_BT[b, t]`.
+    """One micro-batch on the device: `targets_BT[b, t]` is the token after `tokens_BT[b, t]`, both int64.
 
-    `documents_BT` numbers the document that each token belongs to, or is None where attention may run
-    over document boundaries. Both token tensors are int64.
+    `documents_BT` numbers the document of each token; None: attention may run over their boundaries.
     """
 
     tokens_BT: Tensor
@@ -107,6 +104,10 @@ class Wiring(Part, ABC):
         """Whether it sets `Context.values_BTD` for its mixers."""
         return False
 
+    def takes_pairs(self) -> bool:
+        """Whether it reads `Context.pairs_BT`."""
+        return False
+
     @abstractmethod
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module: ...
 
@@ -121,6 +122,10 @@ class Embedding(Part, ABC):
     def streams(self, dim: int) -> dict[str, int]:
         """Numbers cached per token, with those of layer 0, by stream name; none where tokens stand alone."""
         return {}
+
+    def gives_pairs(self) -> bool:
+        """Whether it sets `Context.pairs_BT`."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +156,7 @@ class Optimizer(Part, ABC):
     def build(self, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimizer of these named parameters; its `state` holds tensors only.
 
-        Its `step` changes nothing, decided on the device, where its attribute `found_inf` is a 0-D tensor
-        that holds 1 (torch's own convention for loss scaling).
+        As torch has it for loss scaling, its `step` changes nothing where its `found_inf` (0-D) holds 1.
         """
 
     @abstractmethod
@@ -183,11 +187,9 @@ class LossScaler(Protocol):
 
     def unscale(self, gradients: list[Tensor]) -> Tensor:
         """Divides gradients by the scale, adapts it, and returns 1 (0-D) where one is not finite, else 0."""
-        ...
 
     def readings(self) -> dict[str, float]:
         """What the log shows of it, by name; waits for the device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +202,9 @@ class Precision(Part, ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Sets number formats of weights and of the backend once, before anything is compiled.
+        """Sets number formats of weights and, every one, the backend's switches, before anything is compiled.
 
-        The backend's switches belong to the process: each precision sets every one of them. What a format
-        has to remember becomes buffers of `model` itself, not of modules in it.
+        What a format has to remember becomes buffers of `model` itself, not of modules in it.
         """
 
     def prepare_alone(self, model: nn.Module, device: torch.device) -> None:
@@ -255,16 +256,15 @@ class TokenStream(Protocol):
 
     def rows(self, first_block: int, num_blocks: int, sequence_length: int) -> np.ndarray:
         """(rows, sequence_length + 1) uint16 tokens; a row's last token is the next row's first input."""
-        ...
 
 
 @dataclass(frozen=True)
 class Corpus:
     """An opened data set, its checks passed: the training stream, the validation tokens and the tokenizer.
 
-    `track` is what results are filed under ("nocap", "stand-in", "embedded", "own"); `fingerprint` is
-    what the manifest records (files, sizes, hashes). `validation` is a 1-D array of uint16 tokens.
-    `end_of_text` is the token before each document, None where there is none.
+    Results are filed under `track` ("nocap", "stand-in", "embedded", "own"), and the manifest records the
+    `fingerprint` (files, sizes, hashes). `validation` is a 1-D array of uint16 tokens, `end_of_text` stands
+    before each document, or is None.
     """
 
     track: str

@@ -7,9 +7,10 @@ import torch
 from contracts import CONTRACT, build, draw_tokens, shrink
 
 from sabrage.context import Context
+from sabrage.hashing import scramble
 from sabrage.model.ends import TokenTable
 from sabrage.model.lm import build_model
-from sabrage.model.previous import BigramHash, Smear, TrigramHash, scramble
+from sabrage.model.previous import BigramHash, Smear, TrigramHash
 from sabrage.norms import rms_norm
 from sabrage.recipes import find
 

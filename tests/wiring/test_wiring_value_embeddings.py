@@ -9,6 +9,7 @@ from torch import nn
 
 from sabrage.context import Context
 from sabrage.model.lm import build_model
+from sabrage.model.previous import BigramHash, Smear, TrigramHash
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
 from sabrage.recipes import find
@@ -111,8 +112,64 @@ def test_the_first_layers_and_the_last_share_the_tables(tables, layers, expected
 
 
 @pytest.mark.parametrize("check", CONTRACT)
-def test_a_model_with_value_embeddings_keeps_the_contract(check):
-    CONTRACT[check](build(spec(ValueEmbeddings(inner=INNER, tables=1, gates=4), layers=3)))
+@pytest.mark.parametrize("pairs", [0, 30])
+def test_a_model_with_value_embeddings_keeps_the_contract(check, pairs):
+    wiring = ValueEmbeddings(inner=INNER, tables=1, gates=4, pairs=pairs)
+    CONTRACT[check](build(replace(spec(wiring, layers=3), embedding=BigramHash(rows=20))))
+
+
+def paired(**changes):
+    """A model of two tables, the first with pairs, and what its mixers get and are told to add."""
+    model = build(replace(spec(ValueEmbeddings(tables=2, gates=4, **changes)), embedding=BigramHash(rows=20)))
+    seen = []
+    for block in model.blocks:
+        block.mixer.register_forward_pre_hook(
+            lambda module, given: seen.append((given[0], given[1].values_BTD))
+        )
+    return model, seen
+
+
+def test_the_layers_of_the_first_table_add_a_row_of_their_pair_as_well_with_gates_of_its_own():
+    (model, seen), tokens_BT = paired(pairs=30), torch.tensor([[7, 3, 1, 9, 3, 1]])
+    model(tokens_BT, context := Context())
+    hash_BT = context.pairs_BT
+    assert hash_BT[0, 2] == hash_BT[0, 5]
+    assert len(hash_BT.unique()) == 5
+    table_RD = model.wiring.pairs_RD
+    for layer, (x_BTD, found_BTD) in enumerate(seen):
+        gate_BTH = 2 * torch.sigmoid(x_BTD[..., :12] @ model.wiring.gates[str(layer)].T)
+        token_BTD = model.wiring.tables[layer % 2][tokens_BT] * gate_BTH.repeat_interleave(16, dim=-1)
+        left_BTD = found_BTD - token_BTD
+        if layer % 2:
+            torch.testing.assert_close(left_BTD, torch.zeros_like(left_BTD), atol=1e-5, rtol=0)
+            continue
+        gate_BTH = 2 * torch.sigmoid(x_BTD[..., :12] @ model.wiring.pair_gates[str(layer)].T)
+        sizes_BTD = (left_BTD / gate_BTH.repeat_interleave(16, dim=-1)).abs()
+        torch.testing.assert_close(sizes_BTD, table_RD[hash_BT % 30].abs(), atol=1e-4, rtol=1e-3)
+    assert sorted(model.wiring.pair_gates) == ["0", "2"]
+
+
+def test_values_of_pairs_start_as_nothing_and_learn():
+    embedding = BigramHash(rows=20)
+    plain, valued = (
+        build_model(replace(spec(ValueEmbeddings(tables=1, gates=4, pairs=n)), embedding=embedding), seed=0)
+        for n in (0, 30)
+    )
+    tokens_BT = draw_tokens(plain)
+    logits = valued.logits(tokens_BT)
+    assert torch.equal(logits, plain.logits(tokens_BT))
+    logits.square().sum().backward()
+    assert valued.wiring.pairs_RD.grad.any()
+
+
+def test_values_of_pairs_need_an_embedding_that_hashes_them():
+    wiring = ValueEmbeddings(tables=1, gates=4, pairs=30)
+    plain = replace(shrink(find("base")).model, wiring=wiring)
+    assert any("model.embedding hashes none; use BigramHash" in problem for problem in plain.problems())
+    for embedding in (Smear(inner=BigramHash(rows=20)), TrigramHash(inner=BigramHash(rows=20), rows=20)):
+        assert replace(plain, embedding=embedding).problems() == []
+    assert replace(plain, embedding=TrigramHash(rows=20)).problems()
+    assert ValueEmbeddings(pairs=-1).problems()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ class ModelSpec(Part):
                 for index, mixer in enumerate(self.mixers)
                 if not mixer.takes_values()
             ]
+        if self.wiring.takes_pairs() and not self.embedding.gives_pairs():
+            found.append(
+                "model.wiring asks for pairs of tokens and model.embedding hashes none; use BigramHash, or "
+                "wiring.pairs=0"
+            )
         return found or self.unbuildable()
 
     def unbuildable(self) -> list[str]:

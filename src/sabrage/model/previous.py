@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.context import Context
+from sabrage.hashing import GOLDEN, salts, scramble, signed_row
 from sabrage.linear import GATE_WIDTH
 from sabrage.model.ends import TokenTable
 from sabrage.parts import Embedding
+
+# Tokens are cached as two digits of this many values.
+DIGIT = 256
 
 
 def one_back(x_BTX: Tensor, context: Context, *, stream: str) -> Tensor:
@@ -60,6 +64,9 @@ class Smear(Embedding):
     def streams(self, dim: int) -> dict[str, int]:
         return self.inner.streams(dim) | {"smeared": dim}
 
+    def gives_pairs(self) -> bool:
+        return self.inner.gives_pairs()
+
     def build(self, *, dim: int, vocab_size: int) -> nn.Module:
         return SmearedEmbedding(self, dim=dim, vocab_size=vocab_size)
 
@@ -99,6 +106,9 @@ class BigramHash(Embedding):
     def streams(self, dim: int) -> dict[str, int]:
         return self.inner.streams(dim) | {"token": 2}
 
+    def gives_pairs(self) -> bool:
+        return True
+
     def build(self, *, dim: int, vocab_size: int) -> nn.Module:
         if self.width > dim:
             raise ValueError(f"width={self.width} is more than dim={dim}; use {dim} or less, or 0 for all")
@@ -125,8 +135,9 @@ class BigramEmbedding(Wrapped):
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.inner(tokens_BT, context)
         before_BT2 = one_back(digits(tokens_BT), context, stream="token")
-        hash_BT = scramble(number(before_BT2) * DIGIT**2 + tokens_BT)
-        return x_BTD + signed_row(hash_BT, self.pairs_RD, self.salts_D, dim=x_BTD.shape[-1])
+        context.pairs_BT = scramble(number(before_BT2) * DIGIT**2 + tokens_BT)
+        signed_BTX = signed_row(context.pairs_BT, self.pairs_RD, self.salts_D)
+        return x_BTD + widened(signed_BTX, x_BTD.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +150,9 @@ class TrigramHash(BigramHash):
 
     def streams(self, dim: int) -> dict[str, int]:
         return self.inner.streams(dim) | {"second": 2, "third": 2}
+
+    def gives_pairs(self) -> bool:
+        return self.inner.gives_pairs()
 
     def module(self, *, dim: int, vocab_size: int) -> nn.Module:
         return TrigramEmbedding(self, dim=dim, vocab_size=vocab_size)
@@ -160,7 +174,7 @@ class TrigramEmbedding(Wrapped):
         third_BT2 = one_back(second_BT2, context, stream="third")
         pair_BT = number(second_BT2) * DIGIT**2 + tokens_BT
         hash_BT = scramble(pair_BT + GOLDEN * number(third_BT2))
-        return x_BTD + signed_row(hash_BT, self.triples_RD, self.salts_D, dim=x_BTD.shape[-1])
+        return x_BTD + widened(signed_row(hash_BT, self.triples_RD, self.salts_D), x_BTD.shape[-1])
 
 
 def digits(tokens_BT: Tensor) -> Tensor:
@@ -174,31 +188,6 @@ def number(digits_BT2: Tensor) -> Tensor:
     return whole_BT2[..., 0] * DIGIT + whole_BT2[..., 1]
 
 
-def salts(width: int) -> Tensor:
-    """Numbers of 64 bits, made beforehand: in a compiled kernel an index has 32 and so would the product."""
-    return GOLDEN * torch.arange(1, 1 + width)
-
-
-def signed_row(hash_BT: Tensor, table_RX: Tensor, salts_X: Tensor, *, dim: int) -> Tensor:
-    """(B, T, D): the row of each hash with the signs that the hash draws, zeros beyond its width."""
-    rows, width = table_RX.shape
-    negative_BTX = scramble(hash_BT[..., None] + salts_X) < 0
-    row_BTX = F.embedding(hash_BT % rows, table_RX)
-    return F.pad(torch.where(negative_BTX, -row_BTX, row_BTX), (0, dim - width))
-
-
-DIGIT = 256
-# Odd numbers of 64 bits, written as the negative ones that they are in two's complement.
-GOLDEN, MIXER = 0x9E3779B97F4A7C15 - 2**64, 0xFF51AFD7ED558CCD - 2**64
-
-
-def scramble(x: Tensor) -> Tensor:
-    """int64 to int64, one to one, every bit of the result depending on all (the finaliser of MurmurHash3)."""
-    for _ in range(2):
-        x = fold(x) * MIXER
-    return fold(x)
-
-
-def fold(x: Tensor) -> Tensor:
-    """x with its upper bits laid over the lower; torch's own shift would copy the sign into them."""
-    return x ^ ((x >> 33) & (2**31 - 1))
+def widened(x_BTX: Tensor, dim: int) -> Tensor:
+    """Zeros added up to the width of the model."""
+    return F.pad(x_BTX, (0, dim - x_BTX.shape[-1]))

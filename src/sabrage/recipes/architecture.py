@@ -54,6 +54,15 @@ architecture = (
         SCALARS,
         wiring=ValueEmbeddings(inner=Residual(mixer_scale="depth")),
     ),
+    variant(
+        "value-pairs",
+        "value-embeddings with hashed pairs of tokens, at the input and in the values of two layers",
+        PAIRS,
+        VALUES,
+        SCALARS,
+        embedding=BigramHash(),
+        wiring=ValueEmbeddings(inner=Residual(mixer_scale="depth"), pairs=262_144),
+    ),
     variant("norm-embedding", "base with token vectors normalised", embedding=NORMALISED),
     variant("untied", "base with a head of its own, from zero", head=UNTIED),
     variant(
