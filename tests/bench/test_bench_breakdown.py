@@ -134,7 +134,7 @@ def test_what_a_context_collects_is_not_given_to_a_piece():
     context = Context(tokens_BT=torch.ones(1, 2, dtype=torch.int64), values_BTD=torch.ones(1, 2, 3))
     context.add_loss("term", torch.ones(()))
     held = regions.given(context)
-    names = {"positions_BT", "documents_BT", "window", "layers", "tokens_BT", "values_BTD"}
+    names = {"positions_BT", "documents_BT", "window", "layers", "tokens_BT", "pairs_BT", "values_BTD"}
     assert held.keys() == names
     assert held["values_BTD"].requires_grad
     assert not held["tokens_BT"].requires_grad
