@@ -16,8 +16,8 @@
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
 # run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
 # are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
-# (stand-in), STEPS the steps of ablation (300), KEEP anything to keep checkpoints, COMMIT the
-# code's commit where this copy is no git checkout. A stage that fails does not stop the rest.
+# (stand-in), STEPS the steps of ablation (300), KEEP anything to keep checkpoints, COMMIT the code's commit
+# where this copy is no git checkout. A stage that fails does not stop the rest.
 #
 # To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)

@@ -150,14 +150,14 @@ class Head(Part, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Part, ABC):
-    """An update rule for a group of parameters."""
+    """An update rule; parts whose parameters may move at each n-th step only make `every` a field."""
+
+    every = 1
 
     @abstractmethod
     def build(self, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """The optimizer of these named parameters; its `state` holds tensors only.
-
-        As torch has it for loss scaling, its `step` changes nothing where its `found_inf` (0-D) holds 1.
-        """
+        """The optimizer of these named parameters: its `state` holds tensors only, and as torch has it for
+        loss scaling its `step` changes nothing where its `found_inf` (0-D) holds 1."""
 
     @abstractmethod
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Optimizer(Part, ABC):
 
     def due(self, step: int) -> bool:
         """Whether the parameters move at this step; where not, gradients add up until the next that is."""
-        return True
+        return (step + 1) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import torch
 
 from sabrage.config import ConfigError
 from sabrage.model.ends import LinearHead
+from sabrage.optim.adamw import AdamW
 from sabrage.optim.tied_adamw import TiedAdamW
 from sabrage.parts import Batch, OptimizerGroup
 
@@ -51,6 +52,12 @@ def test_moments_are_shared_until_then_and_each_tables_own_afterwards(tiny, asse
         for kind in ("learner/{}.weight", "optimizer/{}.weight/exp_avg", "optimizer/{}.weight/exp_avg_sq"):
             tables = (found[kind.format(name)] for name in ("model.embedding", "model.head"))
             assert torch.equal(*tables) == (number < UNTIL)
+
+
+def test_the_tables_move_as_often_as_their_adamw():
+    part = TiedAdamW(until=UNTIL, adamw=AdamW(every=3))
+    assert [step for step in range(9) if part.due(step)] == [2, 5, 8]
+    assert all(TiedAdamW(until=UNTIL).due(step) for step in range(9))
 
 
 @pytest.mark.parametrize("stop", [UNTIL - 2, UNTIL + 2])

@@ -122,22 +122,37 @@ class BigramHash(Embedding):
         return BigramEmbedding(self, dim=dim, vocab_size=vocab_size)
 
 
-class BigramEmbedding(Wrapped):
-    """The module of `BigramHash`."""
+class HashedEmbedding(Wrapped):
+    """The rows that `hashed` names of a table, added with their signs; `table` is the parameter's name."""
 
+    table: str
     salts_D: Tensor
 
     def __init__(self, part: BigramHash, *, dim: int, vocab_size: int) -> None:
         super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
-        self.pairs_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
-        self.register_buffer("salts_D", salts(self.pairs_RD.shape[1]), persistent=False)
+        width = part.width or dim
+        self.register_parameter(self.table, nn.Parameter(torch.zeros(part.rows, width)))
+        self.register_buffer("salts_D", salts(width), persistent=False)
 
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.inner(tokens_BT, context)
+        row_BTX = signed_row(self.hashed(tokens_BT, context), getattr(self, self.table), self.salts_D)
+        return x_BTD + F.pad(row_BTX, (0, x_BTD.shape[-1] - row_BTX.shape[-1]))
+
+    def hashed(self, tokens_BT: Tensor, context: Context) -> Tensor:
+        """(B, T) int64."""
+        raise NotImplementedError
+
+
+class BigramEmbedding(HashedEmbedding):
+    """The module of `BigramHash`."""
+
+    table = "pairs_RD"
+
+    def hashed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         before_BT2 = one_back(digits(tokens_BT), context, stream="token")
         context.pairs_BT = scramble(number(before_BT2) * DIGIT**2 + tokens_BT)
-        signed_BTX = signed_row(context.pairs_BT, self.pairs_RD, self.salts_D)
-        return x_BTD + widened(signed_BTX, x_BTD.shape[-1])
+        return context.pairs_BT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,23 +173,16 @@ class TrigramHash(BigramHash):
         return TrigramEmbedding(self, dim=dim, vocab_size=vocab_size)
 
 
-class TrigramEmbedding(Wrapped):
+class TrigramEmbedding(HashedEmbedding):
     """The module of `TrigramHash`."""
 
-    salts_D: Tensor
+    table = "triples_RD"
 
-    def __init__(self, part: TrigramHash, *, dim: int, vocab_size: int) -> None:
-        super().__init__(part.inner.build(dim=dim, vocab_size=vocab_size))
-        self.triples_RD = nn.Parameter(torch.zeros(part.rows, part.width or dim))
-        self.register_buffer("salts_D", salts(self.triples_RD.shape[1]), persistent=False)
-
-    def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
-        x_BTD = self.inner(tokens_BT, context)
+    def hashed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         second_BT2 = one_back(digits(tokens_BT), context, stream="second")
         third_BT2 = one_back(second_BT2, context, stream="third")
         pair_BT = number(second_BT2) * DIGIT**2 + tokens_BT
-        hash_BT = scramble(pair_BT + GOLDEN * number(third_BT2))
-        return x_BTD + widened(signed_row(hash_BT, self.triples_RD, self.salts_D), x_BTD.shape[-1])
+        return scramble(pair_BT + GOLDEN * number(third_BT2))
 
 
 def digits(tokens_BT: Tensor) -> Tensor:
@@ -186,8 +194,3 @@ def number(digits_BT2: Tensor) -> Tensor:
     """The number with these digits: one more than a token, and 0 where there is none."""
     whole_BT2 = digits_BT2.long()
     return whole_BT2[..., 0] * DIGIT + whole_BT2[..., 1]
-
-
-def widened(x_BTX: Tensor, dim: int) -> Tensor:
-    """Zeros added up to the width of the model."""
-    return F.pad(x_BTX, (0, dim - x_BTX.shape[-1]))

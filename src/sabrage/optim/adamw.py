@@ -58,8 +58,5 @@ class AdamW(Optimizer):
             }
         return optimizer
 
-    def due(self, step: int) -> bool:
-        return (step + 1) % self.every == 0
-
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
         return {"lr": self.lr * knobs.lr, "weight_decay": self.weight_decay * knobs.weight_decay}

@@ -93,9 +93,6 @@ class Muon(Optimizer):
             "partial": knobs.layers is not None,
         }
 
-    def due(self, step: int) -> bool:
-        return (step + 1) % self.every == 0
-
     def scale(self, rows: int, columns: int) -> float:
         """What the update of a matrix is multiplied by, beside the learning rate."""
         if self.lr_scale == "spectral":

@@ -42,6 +42,9 @@ class TiedAdamW(Optimizer):
         optimizer.param_groups[0]["tied"] = True
         return optimizer
 
+    def due(self, step: int) -> bool:
+        return self.adamw.due(step)
+
     def hyperparameters(self, knobs: Knobs) -> dict[str, float]:
         return self.adamw.hyperparameters(knobs) | {"tied": knobs.step < self.until}
 
