@@ -50,8 +50,8 @@ changes=(
   fast+model.embedding=TrigramHash+model.embedding.inner=BigramHash+model.embedding.inner.inner.normalise=true
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
   fast+model.mixers.0.paired=true+model.mixers.2.paired=true
-  fast+model.mixers.0.exclusive_self=true+model.mixers.1.exclusive_self=true+model.mixers.2.exclusive_self=true
-  fast+model.mixers.0.gate=true+model.mixers.1.gate=true+model.mixers.2.gate=true+model.mixers.4.gate=true
+  fast+model.mixers.0.exclusive_self=true+model.mixers.1.exclusive_self=true+model.mixers.2.exclusive_self=true+model.mixers.3.exclusive_self=true
+  fast+model.mixers.0.gate=true+model.mixers.1.gate=true+model.mixers.2.gate=true+model.mixers.3.gate=true+model.mixers.4.gate=true
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
