@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,90 @@ def gradients(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[to
     total, _ = head.cross_entropy_head(**given)
     total.backward()
     return total.detach().float(), h.grad.float(), weight.grad.float()
+
+
+class GivenLogits(head._Products):
+    """The logits are what is given as h; the narrow copy of their gradient is NaN until it is written."""
+
+    def logits(self, h_CD: torch.Tensor) -> torch.Tensor:
+        return h_CD.clone()
+
+    def narrow(self, logits_CV: torch.Tensor) -> torch.Tensor:
+        # Interpreted, a rounding to e5m2 that should carry into the exponent halves the number.
+        dtype = torch.float8_e5m2 if logits_CV.is_cuda else torch.float16
+        return torch.full_like(logits_CV, float("nan"), dtype=torch.float32).to(dtype)
+
+
+def row_pass(
+    rows: int, num_real: int, bound: dict, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(what the kernel makes, what it should make), and the narrow gradient beside the wide one.
+
+    Three sets: the first and the last real column, columns of the middle, ignored ones, and targets that two
+    or all three sets share; the padding is loud.
+    """
+    generator = torch.Generator(device).manual_seed(5)
+    logits_NV = 4 * torch.randn(8, rows, generator=generator, device=device)
+    logits_NV[:, num_real:] = 1000.0
+    logits_NV = logits_NV.to(dtype)
+    last, middle = num_real - 1, num_real // 2
+    targets = [(0, last, middle), (last, last, 0), (0, 0, 0), (-1, last, -1), (-1, -1, -1)]
+    targets += [(middle, -1, middle), (last, 0, last), (last, last, last)]
+    targets_NW = torch.tensor(targets, device=device)
+    weights_W = torch.tensor([1.0, 0.5, 0.25], device=device)
+    nll_NW = torch.full(targets_NW.shape, float("nan"), device=device)
+    products = GivenLogits(logits_NV)
+    constants = list(bound.get("rescale") or (0.0, 0.0, 0.0))
+    wide_NV, narrow_NV = head._row_pass(
+        products, logits_NV, targets_NW, weights_W, nll_NW, num_real, constants, True
+    )
+    leaf_NV = logits_NV.double().requires_grad_()
+    z_NV = head.bounded(leaf_NV[:, :num_real], None, bound.get("rescale"))
+    picked_NW = z_NV.gather(1, targets_NW.clamp(min=0))
+    exact_NW = (z_NV.logsumexp(1, keepdim=True) - picked_NW).masked_fill(targets_NW < 0, 0.0)
+    (exact_NW * weights_W).sum().backward()
+    made = {"nll": nll_NW.double(), "gradient": wide_NV.double(), "narrow": narrow_NV.double()}
+    exact = {"nll": exact_NW.detach(), "gradient": leaf_NV.grad}
+    return made, exact | {"narrow": wide_NV.to(narrow_NV.dtype).double()}
+
+
+BOUNDS = [{}, {"rescale": (30.0, 0.0, 7.5)}, {"rescale": (200.0, 5.0, 20.0)}]
+
+
+@interpreted
+@pytest.mark.parametrize("bound", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "num_real"),
+    [(64, 40), (64, 1), (192, 180), (128, 128), (192, 128), (320, 129)],
+    ids=["in one block", "one column", "tail", "whole blocks", "a block of padding", "two of them and more"],
+)
+def test_a_row_is_right_wherever_its_targets_and_its_end_lie(
+    rows: int, num_real: int, bound: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "BLOCK", 64)
+    made, exact = row_pass(rows, num_real, bound)
+    assert not made["gradient"][:, num_real:].any()
+    assert not made["narrow"][:, num_real:].any()
+    assert torch.equal(made["narrow"], exact["narrow"])
+    for name in ("nll", "gradient"):
+        torch.testing.assert_close(made[name], exact[name], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("loud", [1e30, -1e30, float("inf"), float("-inf")])
+def test_a_bound_takes_whatever_logit_there_is(loud: float) -> None:
+    """A logit far beyond the bound is at it: neither NaN nor a gradient of its own."""
+    h = torch.zeros(1, 64)
+    h[0, :3] = torch.tensor([loud, 1.0, -1.0])
+    weights_W, nll_NW = torch.ones(1), torch.empty(1, 1)
+    for target in (0, 1):
+        targets_NW = torch.tensor([[target]])
+        with np.errstate(over="ignore"):
+            grad_NV, _ = head._row_pass(GivenLogits(h), h, targets_NW, weights_W, nll_NW, 60, BOUND, True)
+        z = head.bounded(h[:, :60], None, (BOUND[0], BOUND[1], BOUND[2]))
+        torch.testing.assert_close(nll_NW[:, 0], z.logsumexp(1) - z[:, target])
+        assert grad_NV.isfinite().all()
+        assert grad_NV[0, 0] == 0
 
 
 @interpreted
@@ -171,6 +256,25 @@ def test_the_head_never_holds_the_logits_of_the_batch() -> None:
     held = torch.cuda.max_memory_allocated() - before
     chunk, results = 2 * 2048 * 16384, 4 * (h.numel() + weight.numel())
     assert held < chunk + 4 * results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bound", BOUNDS, ids=str)
+@pytest.mark.parametrize(("rows", "num_real"), [(50304, 50257), (8192, 8192), (12288, 8192), (1024, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_on_the_device_is_right_wherever_its_targets_and_its_end_lie(
+    dtype: torch.dtype, rows: int, num_real: int, bound: dict
+) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    made, exact = row_pass(rows, num_real, bound, dtype, "cuda")
+    assert not made["gradient"][:, num_real:].any()
+    assert not made["narrow"][:, num_real:].any()
+    torch.testing.assert_close(made["nll"], exact["nll"], rtol=1e-5, atol=1e-4)
+    tolerance = 5e-4 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(made["gradient"], exact["gradient"], rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(made["narrow"], exact["narrow"], rtol=2**-2, atol=2**-14)
 
 
 @pytest.mark.gpu

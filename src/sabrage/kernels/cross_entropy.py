@@ -170,6 +170,7 @@ def _row_pass(
     """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
     logits_CV = products.logits(h_CD)
     narrow_CV = products.narrow(logits_CV) if learns else None
+    sets = targets_CW.shape[1]
     rows[(len(h_CD),)](
         logits_CV,
         logits_CV if narrow_CV is None else narrow_CV,
@@ -180,7 +181,8 @@ def _row_pass(
         num_real,
         *bound,
         logits_CV.stride(0),
-        SETS=targets_CW.shape[1],
+        SETS=sets,
+        BLOCK_SETS=1 << (sets - 1).bit_length(),
         BOUNDED=bound[0] > 0,
         LOW=0 < bound[0] <= LOW_HEIGHT,
         LEARNS=learns,

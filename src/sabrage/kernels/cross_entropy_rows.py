@@ -2,7 +2,9 @@
 
 The floor for 65,536 tokens of 50,304 logits in 16 bits, read once from memory, once from the cache and
 written once: 4.4 ms at 3 TB/s. A bounded logit takes two exponentials and a reciprocal in each of two passes,
-some 5.5 ms of the units that make them. Hence no running maximum and no division where neither is needed.
+some 5.5 ms of the units that make them; all other instructions must hide behind these. Hence no running
+maximum where none is needed, logits counted in bits (exp2 is one instruction, exp and its guards for the
+smallest numbers are several), masks only where a row ends, and what is a target's own when its row is done.
 """
 
 # Kernels take pointers, which Python has no types for.
@@ -17,53 +19,79 @@ LOW_HEIGHT = 80.0
 
 
 @jit
-def _sunk(raw, slope, offset):
-    """How far below its upper bound a logit lies, as a share of the height."""
-    return 1 / (1 + tl.exp(raw * slope + offset))
+def _scored(raw, bound, BOUNDED: tl.constexpr):
+    """(z in bits, below the upper bound where there is one; dz / draw as a share of height / width)."""
+    slope, offset, height = bound
+    if BOUNDED:
+        # 1 / x as a square: the root is one instruction everywhere, the division has guards as exp has.
+        root = tl.rsqrt(1 + tl.exp2(raw.to(tl.float32) * slope + offset))
+        sunk = root * root
+        z, steep = sunk * -height, sunk - sunk * sunk
+    else:
+        z, steep = raw.to(tl.float32) * slope, 1.0
+    return z, steep
 
 
 @jit
-def _log_sum_exp(base, columns, num_real, height, slope, offset, BOUNDED, LOW, BLOCK: tl.constexpr):
-    """Of one row, in nats below the upper bound where there is one."""
+def _block(base, at, num_real, stride, bound, BOUNDED, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
+    """`_scored` of the columns `at`; of a block that is not WHOLE, z is -inf where a column is not real,
+    whatever is there: its probability is 0, and so is its gradient.
+
+    Its load is masked by the stride, a multiple of 16, and not by the vocabulary: a mask that can end between
+    eight neighbours makes eight loads of one.
+    """
+    if WHOLE:
+        z, steep = _scored(tl.load(base + at, eviction_policy=EVICTION), bound, BOUNDED)
+    else:
+        raw = tl.load(base + at, mask=at < stride, other=0.0, eviction_policy=EVICTION)
+        z, steep = _scored(tl.where(at < num_real, raw, 0.0), bound, BOUNDED)
+        z = tl.where(at < num_real, z, -float("inf"))
+    return z, steep
+
+
+@jit
+def _joined(largest, total, z):
+    """The maximum and the sum relative to it, with a block more."""
+    new = tl.maximum(largest, tl.max(z, 0))
+    return new, total * tl.exp2(largest - new) + tl.sum(tl.exp2(z - new), 0)
+
+
+@jit
+def _log_sum_exp(base, columns, num_real, stride, bound, BOUNDED, LOW, BLOCK: tl.constexpr):
+    """Of one row, in bits."""
+    whole = num_real // BLOCK * BLOCK
     if LOW:
         # No logit lies below exp(-height): nothing to find out first, and one sum over threads at the end.
         sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, num_real, BLOCK):
-            real = start + columns < num_real
-            raw = tl.load(base + start + columns, mask=real, other=0.0, eviction_policy="evict_last")
-            sunk = _sunk(raw.to(tl.float32), slope, offset)
-            sums += tl.where(real, tl.exp(sunk * -height), 0.0)
-        lse = tl.log(tl.sum(sums, 0))
+        for start in range(0, whole, BLOCK):
+            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, True, "evict_last")
+            sums += tl.exp2(z)
+        for start in range(whole, num_real, BLOCK):
+            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, False, "evict_last")
+            sums += tl.exp2(z)
+        lse = tl.log2(tl.sum(sums, 0))
     else:
         largest = -float("inf")
         total = 0.0
-        for start in range(0, num_real, BLOCK):
-            real = start + columns < num_real
-            raw = tl.load(
-                base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_last"
-            )
-            z = raw.to(tl.float32)
-            if BOUNDED:
-                # A bounded -inf would be a number: masked lanes are put out afterwards.
-                z = tl.where(real, -height * _sunk(z, slope, offset), -float("inf"))
-            new = tl.maximum(largest, tl.max(z, 0))
-            total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
-            largest = new
-        lse = largest + tl.log(total)
+        for start in range(0, whole, BLOCK):
+            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, True, "evict_last")
+            largest, total = _joined(largest, total, z)
+        for start in range(whole, num_real, BLOCK):
+            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, False, "evict_last")
+            largest, total = _joined(largest, total, z)
+        lse = largest + tl.log2(total)
     return lse
 
 
 @jit
-def _bounded(raw, height, width, slope, offset, BOUNDED):
-    """(z, dz / draw), z being what `_log_sum_exp` is told of."""
-    if BOUNDED:
-        sunk = _sunk(raw, slope, offset)
-        z = -height * sunk
-        # Multiplied, not divided: divisions are what this kernel would wait for.
-        steep = (sunk - sunk * sunk) * (height / width)
-    else:
-        z, steep = raw, 1.0
-    return z, steep
+def _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, WHOLE: tl.constexpr):
+    """A block of the gradient of the log-sum-exp times `pull`, in place of the logits."""
+    z, steep = _block(base, at, num_real, stride, bound, BOUNDED, WHOLE, "evict_first")
+    grad = tl.exp2(z - lse) * steep * pull
+    inside = None if WHOLE else at < stride
+    tl.store(base + at, grad.to(base.dtype.element_ty), mask=inside)
+    if NARROW:
+        tl.store(narrow + at, (grad * scale).to(narrow.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -80,6 +108,7 @@ def rows(
     width,
     stride,
     SETS: tl.constexpr,
+    BLOCK_SETS: tl.constexpr,
     BOUNDED: tl.constexpr,
     LOW: tl.constexpr,
     LEARNS: tl.constexpr,
@@ -88,39 +117,42 @@ def rows(
 ):
     """One program a row: log-sum-exp, the loss of each set, then the gradient in place of the logits."""
     row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
+    base, narrow = logits + row * stride, narrow + row * stride
     columns = tl.arange(0, BLOCK)
-    slope = 1 / width if BOUNDED else 0.0
-    offset = shift * slope
-    lse = _log_sum_exp(base, columns, num_real, height, slope, offset, BOUNDED, LOW, BLOCK)
-    weight = 0.0
-    for index in tl.static_range(SETS):
-        target = tl.load(targets + row * SETS + index)
-        inside = (target >= 0) & (target < num_real)
-        raw = tl.load(base + target, mask=inside, other=float("nan")).to(tl.float32)
-        aimed_at, _unused = _bounded(raw, height, width, slope, offset, BOUNDED)
-        tl.store(nll + row * SETS + index, tl.where(target < 0, 0.0, lse - aimed_at))
-        weight += tl.where(target < 0, 0.0, tl.load(coefficients + index))
+    # Bits in a nat.
+    bits = 1.4426950408889634
+    slope = bits / width if BOUNDED else bits
+    bound = (slope, shift * slope, height * bits)
+    lse = _log_sum_exp(base, columns, num_real, stride, bound, BOUNDED, LOW, BLOCK)
+
+    sets = tl.arange(0, BLOCK_SETS)
+    targets_W = tl.load(targets + row * SETS + sets, mask=sets < SETS, other=-1)
+    weights_W = tl.load(coefficients + sets, mask=targets_W >= 0, other=0.0)
+    real_W = (targets_W >= 0) & (targets_W < num_real)
+    raw_W = tl.load(base + targets_W, mask=real_W, other=float("nan"))
+    z_W, steep_W = _scored(raw_W, bound, BOUNDED)
+    nll_W = tl.where(targets_W < 0, 0.0, (lse - z_W) * (1 / bits))
+    tl.store(nll + row * SETS + sets, nll_W, mask=sets < SETS)
     if LEARNS:
         # No thread may overwrite a target's logit before every thread has read it.
         tl.debug_barrier()
         scale = 1 / tl.load(narrow_scale)
-        for start in range(0, stride, BLOCK):
-            real = start + columns < num_real
-            again = tl.load(
-                base + start + columns, mask=real, other=-float("inf"), eviction_policy="evict_first"
-            )
-            z, steep = _bounded(again.to(tl.float32), height, width, slope, offset, BOUNDED)
-            grad = weight * tl.exp(z - lse) * steep
-            for index in tl.static_range(SETS):
-                column = tl.load(targets + row * SETS + index).to(tl.int32)
-                coefficient = tl.load(coefficients + index)
-                grad -= tl.where(start + columns == column, coefficient, 0.0) * steep
-            grad = tl.where(real, grad, 0.0)
-            tl.store(base + start + columns, grad.to(logits.dtype.element_ty), mask=start + columns < stride)
-            if NARROW:
-                tl.store(
-                    narrow + row * stride + start + columns,
-                    (grad * scale).to(narrow.dtype.element_ty),
-                    mask=start + columns < stride,
-                )
+        steepest = height / width if BOUNDED else 1.0
+        weight = tl.sum(weights_W, 0)
+        pull, whole = weight * steepest, num_real // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            at = start + columns
+            _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, True)
+        for start in range(whole, stride, BLOCK):
+            at = start + columns
+            _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, False)
+        # What is a target's own, so that no other logit need be compared with it. Sets that share a target
+        # store the same number there.
+        same_WW = targets_W[:, None] == targets_W[None, :]
+        own_W = tl.sum(tl.where(same_WW, weights_W[None, :], 0.0), 1)
+        grad_W = (weight * tl.exp2(z_W - lse) - own_W) * steep_W * steepest
+        # No thread may store it before every thread has stored its blocks.
+        tl.debug_barrier()
+        tl.store(base + targets_W, grad_W.to(base.dtype.element_ty), mask=real_W)
+        if NARROW:
+            tl.store(narrow + targets_W, (grad_W * scale).to(narrow.dtype.element_ty), mask=real_W)

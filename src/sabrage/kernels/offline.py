@@ -139,6 +139,7 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
     }
     constants = {
         "SETS": 2,
+        "BLOCK_SETS": 2,
         "BOUNDED": True,
         "LOW": True,
         "LEARNS": True,
