@@ -27,7 +27,7 @@ FLOORS = [
     {"kernels", "linear", "schedule"},
     {"parts"},
     {"plan", "losses"},
-    {"data", "attention", "feedforward", "wiring", "objective", "optim", "precision"},
+    {"blend", "data", "attention", "feedforward", "wiring", "objective", "optim", "precision"},
     {"model"},
     {"recipe"},
     {"train", "generate"},

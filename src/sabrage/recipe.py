@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 import torch
 
+from sabrage.blend.blend import Blend
 from sabrage.config import ConfigError, Part, leaves, walk
 from sabrage.losses import Objective
 from sabrage.model.lm import ModelSpec, max_lengths
@@ -89,6 +90,7 @@ class Recipe(Part):
     precision: Precision
     budget: Budget = Budget()
     runtime: Runtime = Runtime()
+    blend: Blend | None = None
 
     def problems(self) -> list[str]:
         found = [] if self.optim else ["optim is empty; name at least one group, such as pattern='.*'"]
@@ -99,6 +101,7 @@ class Recipe(Part):
                 f"model.vocab_size={declared} or more, or the data that the model is meant for"
             )
         found += self.unfit_objective()
+        found += self.blend.unfit_vocabulary(self.model.vocab_size) if self.blend else []
         lengths = {"budget.evaluation_length": self.budget.evaluation_length}
         if not self.plan.problems() and not self.data.problems():
             found += self.misfits() + self.unfit_layers()

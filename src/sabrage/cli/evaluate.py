@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sabrage.model.lm import LM
+    from sabrage.parts import Corpus
     from sabrage.recipe import Recipe
+    from sabrage.train.blended import Blended
+    from sabrage.train.evaluate import Evaluator
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Eval:
 
     The metric of the validation split is the mean next-token cross-entropy in nats over its first targets. A
     text is scored in the same rows; its perplexity is per token, and bits per byte compare across tokenizers.
-    HellaSwag's accuracy takes the ending with the highest log-probability per byte.
+    HellaSwag's accuracy takes the ending with the highest log-probability per byte. Of a recipe with a blend
+    the validation split is scored with it as well, texts and tasks by the network alone.
 
     Try:
       sabrage eval runs/demo-20260101-120000
@@ -105,7 +109,12 @@ class Eval:
 
         corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
         end_of_text = corpus.end_of_text if recipe.budget.evaluation_documents else None
-        loss = self.score(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
+        evaluator = self.evaluator(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
+        loss = self.score(recipe, evaluator)
+        blended = self.blended(recipe, evaluator, corpus) if recipe.blend else None
+        if blended:
+            say(f"the network alone: {loss:.5f} nats a token; with what the run counted:")
+            loss, _ = blended.losses()
         say(f"validation loss {loss:.5f} nats a token over {num_targets:,} targets, track {corpus.track}")
         if corpus.tokenizer is not None:
             num_bytes = len(corpus.tokenizer.decode_bytes(corpus.validation[1 : num_targets + 1].tolist()))
@@ -130,11 +139,25 @@ class Eval:
         encoded = encoded[: self.tokens]
         if not encoded:
             raise DataError(f"{self.text}: holds no text; give a file with some")
-        loss = self.score(recipe, model, np.array([tokenizer.end_of_text, *encoded]), len(encoded))
+        tokens = np.array([tokenizer.end_of_text, *encoded])
+        loss = self.score(recipe, self.evaluator(recipe, model, tokens, len(encoded)))
         say(f"loss {loss:.5f} nats a token, perplexity {math.exp(loss):.3f}, over {len(encoded):,} tokens")
         say(bits_per_byte(loss * len(encoded), len(tokenizer.decode_bytes(encoded))))
 
-    def score(
+    def blended(self, recipe: "Recipe", evaluator: "Evaluator", corpus: "Corpus") -> "Blended | None":
+        """The run's blend, its text counted anew; None where the newest checkpoint has none."""
+        from sabrage.cli.console import say
+        from sabrage.run.checkpoint import newest_step
+        from sabrage.run.folder import RunFolder
+        from sabrage.train.blended import load
+
+        step = newest_step(RunFolder(self.run_folder).checkpoints)
+        made = load(self.run_folder, recipe, evaluator, corpus, step=step)
+        if made is None:
+            say("no blend was fitted after this checkpoint: this is the network alone")
+        return made
+
+    def evaluator(
         self,
         recipe: "Recipe",
         model: "LM",
@@ -142,13 +165,12 @@ class Eval:
         num_targets: int,
         *,
         end_of_text: int | None = None,
-    ) -> float:
-        """Nats a token over the first targets of the tokens, (N,), in the recipe's rows and precision."""
-        from sabrage.cli.console import say
+    ) -> "Evaluator":
+        """Scores the first targets of the tokens, (N,), in the recipe's rows and precision."""
         from sabrage.train.evaluate import Evaluator
         from sabrage.train.world import World
 
-        evaluator = Evaluator(
+        return Evaluator(
             model,
             recipe.precision,
             World(next(model.parameters()).device),
@@ -159,6 +181,11 @@ class Eval:
             compile=False,
             end_of_text=end_of_text,
         )
+
+    def score(self, recipe: "Recipe", evaluator: "Evaluator") -> float:
+        """Nats a token, of the network."""
+        from sabrage.cli.console import say
+
         window = recipe.evaluation_window(recipe.plan.steps)
         if self.by_position:
             for first, end, loss in evaluator.by_position(window):

@@ -19,7 +19,8 @@ from sabrage.parts import Batch, Corpus, TokenStream
 from sabrage.recipe import Recipe
 from sabrage.run.device import probe
 from sabrage.train.evaluate import Evaluator
-from sabrage.train.loop import longest_row, make_loader
+from sabrage.train.examined import blend_checks, longest_row
+from sabrage.train.loop import make_loader
 from sabrage.train.world import World
 
 WINDOW_TOKENS, NUM_WINDOWS = 64, 32
@@ -56,6 +57,7 @@ def check_data(recipe: Recipe, corpus: Corpus) -> Legality:
         (
             check_scoring(recipe, corpus.validation, end_of_text=corpus.end_of_text),
             check_targets(first_batch(recipe, corpus)),
+            *blend_checks(recipe),
             check_unseen(corpus.train, corpus.validation[: recipe.budget.evaluation_tokens]),
         )
     )

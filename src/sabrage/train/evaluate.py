@@ -62,11 +62,17 @@ class Evaluator:
         layers: int | None = None,
     ) -> Tensor:
         """The mean loss of a batch over its targets that are not -1, a 0-D tensor."""
-        documents_BT = None
-        if self.end_of_text is not None:
-            # Outside of the graph, which then takes documents as that of training does: as an input.
-            documents_BT = (tokens_BT == self.end_of_text).cumsum(1, dtype=torch.int32)
-        return self.forward(tokens_BT, targets_BT, documents_BT, window, layers)
+        loss, _ = self.forward(tokens_BT, targets_BT, self.documents(tokens_BT), window, layers)
+        return loss
+
+    def documents(self, tokens_BT: Tensor) -> Tensor | None:
+        """How many documents have begun in the row so far, (B, T) int32, where they are kept apart.
+
+        Outside of the graph, which then takes documents as that of training does: as an input.
+        """
+        if self.end_of_text is None:
+            return None
+        return (tokens_BT == self.end_of_text).cumsum(1, dtype=torch.int32)
 
     def _forward(
         self,
@@ -75,18 +81,23 @@ class Evaluator:
         documents_BT: Tensor | None,
         window: int | None,
         layers: int | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with self.precision.autocast(self.world.device):
             context = Context(documents_BT=documents_BT, window=window, layers=layers)
             h_BTD = self.model(tokens_BT, context)
-            return self.model.head.loss(h_BTD, targets_BT)
+            return self.model.head.loss(h_BTD, targets_BT), h_BTD
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Equally shaped (tokens_BT, targets_BT); what fills up the last one has targets of -1."""
-        rows = -(-self.num_targets // self.length)
+    def batches(self, text: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Equally shaped (tokens_BT, targets_BT); what fills up the last one has targets of -1.
+
+        They are those of the metric, or of another `text`, (N,), of which N - 1 tokens are targets.
+        """
+        text = self.tokens if text is None else text
+        count = len(text) - 1
+        rows = -(-count // self.length)
         rows = -(-rows // self.batch_rows) * self.batch_rows
         tokens, targets = np.zeros(rows * self.length, np.int64), np.full(rows * self.length, -1)
-        tokens[: self.num_targets], targets[: self.num_targets] = self.tokens[:-1], self.tokens[1:]
+        tokens[:count], targets[:count] = text[:-1], text[1:]
         shape = (-1, self.batch_rows, self.length)
         for pair in zip(tokens.reshape(shape), targets.reshape(shape), strict=True):
             inputs, outputs = (torch.from_numpy(array).to(self.world.device) for array in pair)

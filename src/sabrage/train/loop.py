@@ -12,7 +12,6 @@ from sabrage.config import ConfigError, resolve
 from sabrage.data.embedded import cache_folder
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
-from sabrage.model.legality import Legality, quick
 from sabrage.model.lm import LM, build_model
 from sabrage.optim.groups import Optimizers
 from sabrage.parts import Batch, Corpus, Knobs
@@ -20,7 +19,9 @@ from sabrage.recipe import Recipe
 from sabrage.run.clocks import Clocks
 from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import RunFolder
+from sabrage.train.blended import blend, check_room
 from sabrage.train.evaluate import Evaluator
+from sabrage.train.examined import examined
 from sabrage.train.interrupt import Interruption
 from sabrage.train.recorder import Recorder
 from sabrage.train.session import Session
@@ -140,13 +141,7 @@ def run_steps(
                 if not all(map(math.isfinite, values)) or (keeping and not session.is_finite()):
                     raise TrainingStopped(recorder.not_finite(session.step, values))
                 if evaluating:
-                    with clocks.phase("validation"):
-                        shape = recipe.evaluation_shape(session.step)
-                        loss = evaluator(*shape)
-                    recorder.validated(session.step, loss)
-                    if last and budget.by_position:
-                        with clocks.phase("validation"):
-                            recorder.told_by_position(evaluator.by_position(*shape))
+                    validate(recipe, session, evaluator, corpus, recorder, clocks)
                 reached = evaluating and recorder.reached(budget.target)
                 if keeping or reached:
                     with clocks.phase("checkpoint"):
@@ -160,28 +155,36 @@ def run_steps(
     return "done"
 
 
+def validate(
+    recipe: Recipe,
+    session: Session,
+    evaluator: Evaluator,
+    corpus: Corpus,
+    recorder: Recorder,
+    clocks: Clocks,
+) -> None:
+    """Scores the validation split; after the last step with the recipe's blend, if it has one."""
+    shape, last = recipe.evaluation_shape(session.step), session.step == recipe.plan.steps
+    if last and recipe.blend:
+        with clocks.phase("train"):
+            blended = blend(recipe, evaluator, corpus, session.block)
+        with clocks.phase("validation"):
+            loss, network_loss = blended.losses()
+        recorder.validated(session.step, loss, network_loss)
+        with clocks.phase("checkpoint"):
+            recorder.keep(blended, session.step)
+    else:
+        with clocks.phase("validation"):
+            loss = evaluator(*shape)
+        recorder.validated(session.step, loss)
+    if last and recipe.budget.by_position:
+        with clocks.phase("validation"):
+            recorder.told_by_position(evaluator.by_position(*shape))
+
+
 def due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after `step` steps."""
     return every > 0 and step % every == 0
-
-
-def examined(recipe: Recipe) -> Legality:
-    """The verdict on a small copy of the model, as training and validation use it. Raises ConfigError.
-
-    Where the run begins with fewer layers the model has to be legal with those as well.
-    """
-    documents = recipe.data.separates or recipe.budget.evaluation_documents
-    first, length = recipe.plan.at(0), longest_row(recipe)
-    look = partial(quick, recipe.model, max_length=length, documents=documents, window=first.window)
-    if first.layers is not None:
-        look(layers=first.layers).require()
-    return look().require()
-
-
-def longest_row(recipe: Recipe) -> int:
-    """Tokens of the longest row that training or validation gives the model."""
-    lengths = [knobs.sequence_length for knobs in recipe.plan.stages()]
-    return max(*lengths, recipe.budget.evaluation_length)
 
 
 def set_up(recipe: Recipe, corpus: Corpus, world: World, facts: DeviceFacts, shelf: Shelf) -> Workshop:
@@ -219,6 +222,7 @@ def check_data(recipe: Recipe, corpus: Corpus, world: World) -> None:
             f"the data has {corpus.vocab_size:,} token ids and the model {recipe.model.vocab_size:,}; use "
             f"--set model.vocab_size={corpus.vocab_size}, or the data that the model is meant for"
         )
+    check_room(recipe, corpus, world)
     for knobs in recipe.plan.stages():
         with make_loader(recipe, corpus, world, step=knobs.step, block=0) as loader:
             next(loader)

@@ -96,9 +96,10 @@ class Progress:
             self._shown_at = now
             self._show(*self._pending)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Shows a validation loss, in nats."""
-        self.message(f"step {step}/{self.total}  validation loss {loss:.4f}")
+    def validation(self, step: int, loss: float, network_loss: float | None = None) -> None:
+        """Shows a validation loss, in nats, and that of the network alone where there is a blend."""
+        alone = "" if network_loss is None else f"  (the network alone {network_loss:.4f})"
+        self.message(f"step {step}/{self.total}  validation loss {loss:.4f}{alone}")
 
     def message(self, text: str) -> None:
         """Shows a line that stays."""

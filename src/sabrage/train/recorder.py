@@ -21,6 +21,7 @@ from sabrage.run.device import DeviceFacts
 from sabrage.run.folder import RunFolder, write_json
 from sabrage.run.log import Log
 from sabrage.run.manifest import make_manifest
+from sabrage.train.blended import Blended, save
 from sabrage.train.progress import Progress
 from sabrage.train.session import Session
 from sabrage.train.trackers import make_tracker
@@ -48,6 +49,7 @@ class Recorder:
         self.corpus, self.world, self.legality = corpus, world, legality
         self.facts, self.clocks, self.tracker_name, self.resume = facts, clocks, tracker, resume
         self.validation_loss: float | None = None
+        self.network_loss: float | None = None
         self.at_validation: dict[str, float | None] = {}
         self.by_position: list[tuple[int, int, float]] = []
         self.step_seconds: list[float] = []
@@ -121,14 +123,27 @@ class Recorder:
         self.tracker.record(step, {"train/loss": losses[-1], "lr": knobs.lr, "tokens_per_second": speed})
         self.progress.update(step=step, loss=losses[-1], tokens_per_second=speed, mfu=mfu, memory=memory)
 
-    def validated(self, step: int, loss: float) -> None:
-        """Notes a validation after `step` updates, and what the clocks showed when its result was known."""
-        self.validation_loss = loss
+    def validated(self, step: int, loss: float, network_loss: float | None = None) -> None:
+        """Notes a validation after `step` updates, and what the clocks showed when its result was known.
+
+        `network_loss` is that of the network alone, where `loss` is that of the recipe's blend.
+        """
+        self.validation_loss, self.network_loss = loss, network_loss
         self.at_validation = self.clocks.readings()
         if self.world.leads:
-            self.log.write("validation", step=step, loss=loss, tokens=self.tokens, **self.at_validation)
+            alone = {} if network_loss is None else {"network_loss": network_loss}
+            tokens, clocks = self.tokens, self.at_validation
+            self.log.write("validation", step=step, loss=loss, tokens=tokens, **alone, **clocks)
             self.tracker.record(step, {"validation/loss": loss})
-            self.progress.validation(step, loss)
+            self.progress.validation(step, loss, network_loss)
+
+    def keep(self, blended: Blended, step: int) -> None:
+        """Writes the fitted blend beside the checkpoints; when the disk is full the run goes on without."""
+        try:
+            save(self.folder.path, blended, step=step)
+        except CheckpointError as error:
+            self.log.write("checkpoint_failed", step=step, error=str(error))
+            self.message(str(error))
 
     def told_by_position(self, stretches: list[tuple[int, int, float]]) -> None:
         """Notes the losses of the last validation by the position in the row: (first, end, loss)."""
@@ -208,6 +223,7 @@ class Recorder:
                 "seed": self.recipe.budget.seed,
                 "tokens": self.tokens,
                 "validation_loss": self.validation_loss,
+                **({} if self.network_loss is None else {"network_loss": self.network_loss}),
                 **({"by_position": self.by_position} if self.by_position else {}),
                 **(self.at_validation or self.clocks.readings()),
                 "tokens_per_second": speed,

@@ -1,0 +1,61 @@
+"""The gate that mixes the network and the experts, and how it is fitted.
+
+    p(token) = g_0 p_network(token) + sum_e g_e hits_e / count_e,    g = softmax(U gelu(W features + b) + c)
+
+over the network and those experts that have seen their context. Interpolation of models with weights by
+context is Jelinek and Mercer's (1980); a network's share of it by its own uncertainty is that of pointer and
+cache models (Grave et al. 2017, arXiv 1612.04426). All parts are distributions over the vocabulary and the
+weights know nothing of the token, so the mixture is one as well.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sabrage.blend.evidence import Evidence
+
+# The network's share before anything is fitted: e^3 parts to one of each expert.
+HEAD_START = 3.0
+
+
+class Gate(nn.Module):
+    """forward(evidence) -> log-probabilities (N,), in nats."""
+
+    def __init__(self, num_features: int, num_experts: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(num_features, hidden)
+        self.outer = nn.Linear(hidden, 1 + num_experts)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        with torch.no_grad():
+            self.outer.bias[0] = HEAD_START
+
+    def shares(self, evidence: Evidence) -> Tensor:
+        """Logarithms of what the network and each expert are given, (N, 1 + E)."""
+        raw = self.outer(F.gelu(self.inner(evidence.features_NF)))
+        unseen = F.pad(evidence.count_NE == 0, (1, 0))
+        return raw.masked_fill(unseen, -torch.inf).log_softmax(1)
+
+    def forward(self, evidence: Evidence) -> Tensor:
+        experts_NE = (evidence.hits_NE / evidence.count_NE.clamp(min=1)).log()
+        each = torch.cat((evidence.network_N[:, None], experts_NE), 1)
+        return torch.logsumexp(self.shares(evidence) + each, 1)
+
+
+def fit(evidence: Evidence, *, hidden: int, steps: int, batch: int, lr: float, seed: int) -> Gate:
+    """A gate for which the evidence's tokens are likely: AdamW on random batches, its rate falling to 0."""
+    device = evidence.network_N.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        gate = Gate(evidence.features_NF.shape[1], evidence.count_NE.shape[1], hidden).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
+    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))
+    for _ in range(steps):
+        chosen = torch.randint(len(evidence), (batch,), device=device, generator=generator)
+        loss = -gate(evidence[chosen]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        falls.step()
+    return gate.requires_grad_(False)

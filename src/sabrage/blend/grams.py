@@ -1,0 +1,77 @@
+"""Exact counts of every run of up to eight tokens of a text, in two sorted tables.
+
+The text is a ring, so that every token has seven after it. A run of four tokens is one number, its digits to
+the base of the vocabulary. The distinct numbers, sorted, are the first table; a shorter run is all numbers
+that begin with it, an interval. A run of eight is the pair of two places in that table, again one number, and
+the distinct pairs are the second table. So a count is the difference of two running totals, found by
+bisection, as in a suffix array (Liu et al. 2024, "Infini-gram", arXiv 2401.17377) cut off at eight tokens.
+
+N tokens take two sorts of N numbers of 64 bits and at most 24 N bytes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FOUR, LONGEST = 4, 8
+
+
+def largest_vocabulary() -> int:
+    """Four of its tokens must make one signed number of 64 bits."""
+    return int((2**63 - 1) ** (1 / FOUR))
+
+
+class Grams:
+    """The counts of `text_N`, token ids below `vocab_size`, on its device.
+
+    Raises ValueError for a vocabulary that is too large and for a text without tokens.
+    """
+
+    def __init__(self, text_N: Tensor, vocab_size: int) -> None:
+        if vocab_size > largest_vocabulary():
+            raise ValueError(f"vocab_size={vocab_size}, allowed: up to {largest_vocabulary()}")
+        if not len(text_N):
+            raise ValueError("a text without tokens has no counts")
+        self.vocab_size = vocab_size
+        number_N = text_N.long()
+        for offset in range(1, FOUR):
+            number_N = number_N * vocab_size + text_N.long().roll(-offset)
+        self.fours, place_N, counts = torch.unique(number_N, return_inverse=True, return_counts=True)
+        del number_N
+        self.fours_before = running(counts)
+        pair_N = place_N * len(self.fours) + place_N.roll(-FOUR)
+        del place_N
+        self.eights, counts = torch.unique(pair_N, return_counts=True)
+        self.eights_before = running(counts)
+
+    def count(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(occurrences, distinct ways to go on) of runs of 1 to 8 tokens, as many tensors of any one shape.
+
+        Ways to go on are counted up to the end of the four or of the eight tokens that the run begins.
+        """
+        assert 1 <= len(run) <= LONGEST, len(run)
+        low, high = self.interval(run[:FOUR])
+        if len(run) <= FOUR:
+            return self.fours_before[high] - self.fours_before[low], high - low
+        first, known = low, high > low
+        low, high = self.interval(run[FOUR:])
+        places = len(self.fours)
+        low, high = (torch.searchsorted(self.eights, first * places + place) for place in (low, high))
+        occurrences = self.eights_before[high] - self.eights_before[low]
+        return torch.where(known, occurrences, 0), torch.where(known, high - low, 0)
+
+    def interval(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The places in the table of fours, from the first to before the second, that begin with `run`."""
+        number = run[0].long()
+        for token in run[1:]:
+            number = number * self.vocab_size + token.long()
+        width = self.vocab_size ** (FOUR - len(run))
+        low, high = (torch.searchsorted(self.fours, end * width) for end in (number, number + 1))
+        return low, high
+
+
+def running(counts: Tensor) -> Tensor:
+    """How much stands before each place, and in all: one longer than `counts`."""
+    return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)

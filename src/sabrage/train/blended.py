@@ -1,0 +1,191 @@
+"""The recipe's blend at the end of training: counts the text, fits the gate, scores the mixture."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sabrage.blend.blend import Blend
+from sabrage.blend.evidence import Evidence, rows_evidence
+from sabrage.blend.gate import Gate, fit
+from sabrage.blend.grams import Grams
+from sabrage.config import ConfigError
+from sabrage.parts import Corpus
+from sabrage.recipe import Recipe
+from sabrage.run.checkpoint import CheckpointError
+from sabrage.train.evaluate import Evaluator
+from sabrage.train.world import World
+
+# Logits of this many tokens are held at once: 0.8 GB of 50,257 in fp32, three times over.
+TOKENS_AT_ONCE = 4096
+FILE = "blend.safetensors"
+
+
+def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
+    """Raises ConfigError where a blend would be fitted on tokens that were trained on, or by many."""
+    if recipe.blend is None:
+        return
+    if world.size > 1:
+        raise ConfigError("a blend is fitted by one process; start without torchrun, or use blend=null")
+    has = corpus.train.blocks_per_epoch * corpus.train.block_tokens
+    trained, wanted = recipe.plan.tokens(), recipe.blend.held_out
+    if trained + wanted + 1 > has:
+        raise ConfigError(
+            f"plan trains on {trained:,} tokens, blend.held_out={wanted:,} more are for its gate, and "
+            f"one pass over the data has {has:,}; use fewer plan.steps or blend=null"
+        )
+
+
+@dataclass
+class Blended:
+    """A network, the counts of the first `blocks` blocks of its training stream, and their gate."""
+
+    part: Blend
+    evaluator: Evaluator
+    shape: tuple[int | None, int | None]
+    grams: Grams | None
+    blocks: int
+    gate: Gate | None = None
+
+    @torch.no_grad()
+    def losses(self) -> tuple[float, float]:
+        """(loss of the mixture, loss of the network alone) on the fixed metric, nats a token."""
+        assert self.gate is not None
+        mixed, alone = [], []
+        for evidence in self.evidence():
+            mixed.append(self.gate(evidence).double().sum())
+            alone.append(evidence.network_N.double().sum())
+        count = self.evaluator.num_targets
+        return -torch.stack(mixed).sum().item() / count, -torch.stack(alone).sum().item() / count
+
+    def fit(self, text: np.ndarray, seed: int) -> None:
+        """Fits the gate to a text, (N,), that neither network nor counts have seen."""
+        with torch.no_grad():
+            evidence = Evidence.joined(list(self.evidence(text)))
+        part = self.part
+        self.gate = fit(
+            evidence, hidden=part.hidden, steps=part.steps, batch=part.batch, lr=part.lr, seed=seed
+        )
+
+    def evidence(self, text: np.ndarray | None = None) -> Iterator[Evidence]:
+        """The evidence on every target of the metric, or of a text, in batches."""
+        model = self.evaluator.model
+        was_training = model.training
+        model.eval()
+        try:
+            for tokens_BT, targets_BT in self.evaluator.batches(text):
+                documents_BT = self.evaluator.documents(tokens_BT)
+                _, h_BTD = self.evaluator.forward(tokens_BT, targets_BT, documents_BT, *self.shape)
+                found = rows_evidence(
+                    self.grams,
+                    self.part.text_orders,
+                    self.part.document_orders,
+                    model.spec.vocab_size,
+                    tokens_BT,
+                    targets_BT,
+                    documents_BT,
+                    self.network(h_BTD, targets_BT),
+                )
+                yield found[targets_BT.flatten() >= 0]
+        finally:
+            model.train(was_training)
+
+    def network(self, h_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Its log-probabilities of the targets, (B T,), its entropy and largest log-probability, (B T, 2)."""
+        evaluator = self.evaluator
+        logs, seen = [], []
+        pieces = zip(
+            h_BTD.flatten(0, 1).split(TOKENS_AT_ONCE), targets_BT.flatten().split(TOKENS_AT_ONCE), strict=True
+        )
+        for h_ND, targets_N in pieces:
+            with evaluator.precision.autocast(evaluator.world.device):
+                logits_NV = evaluator.model.head(h_ND)
+            log_NV = logits_NV.float().log_softmax(1)
+            entropy_N = -(log_NV.exp() * log_NV).sum(1)
+            seen.append(torch.stack((entropy_N / 4 - 1, log_NV.amax(1)), 1))
+            logs.append(log_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0])
+        return torch.cat(logs), torch.cat(seen)
+
+
+def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
+    """The blend without a gate: the first `blocks` blocks of the training stream are counted."""
+    assert recipe.blend is not None
+    grams, device = None, evaluator.world.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if recipe.blend.text_orders:
+        text = stretch(corpus, 0, blocks)[:-1]
+        grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
+    return Blended(recipe.blend, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
+
+
+def blend(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
+    """The blend of a network that was trained on the first `blocks` blocks of the stream."""
+    made, device = counted(recipe, evaluator, corpus, blocks), evaluator.world.device
+    wanted = made.part.held_out
+    after = stretch(corpus, blocks, -(-wanted // corpus.train.block_tokens))
+    made.fit(after[: wanted + 1], recipe.budget.seed)
+    if device.type == "cuda":
+        # The caller's clock is to see the end of it.
+        torch.cuda.synchronize(device)
+    return made
+
+
+def stretch(corpus: Corpus, first: int, blocks: int) -> np.ndarray:
+    """(N + 1,) int32: the tokens of these blocks of the training stream and the one after them."""
+    rows = corpus.train.rows(first, blocks, corpus.train.block_tokens)
+    return np.append(rows[:, :-1].reshape(-1), rows[-1, -1]).astype(np.int32)
+
+
+def save(folder: Path, made: Blended, *, step: int) -> None:
+    """Writes gate and number of blocks, whole or not at all. Raises CheckpointError when the disk fails."""
+    assert made.gate is not None
+    place, temporary = folder / FILE, folder / f".{FILE}.{os.getpid()}.partial"
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in made.gate.state_dict().items()}
+    meta = {"blend": json.dumps({"blocks": made.blocks, "step": step, "tensors": list(tensors)})}
+    try:
+        save_file(tensors, temporary, metadata=meta)
+        temporary.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the blend could not be written to {place} ({error}); free some space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    folder: Path, recipe: Recipe, evaluator: Evaluator, corpus: Corpus, *, step: int | None
+) -> Blended | None:
+    """The blend of a run's checkpoint after `step` steps, counted anew; None where there is none.
+
+    Raises CheckpointError for a file that is damaged or of another recipe.
+    """
+    place = folder / FILE
+    if recipe.blend is None or not place.exists():
+        return None
+    try:
+        with safe_open(place, "pt") as file:
+            told = json.loads(file.metadata()["blend"])
+            tensors = {name: file.get_tensor(name) for name in told["tensors"]}
+        if told["step"] != step:
+            return None
+        (hidden, features), experts = tensors["inner.weight"].shape, len(tensors["outer.bias"]) - 1
+        if experts != recipe.blend.text_orders + recipe.blend.document_orders:
+            raise ValueError(f"its gate has {experts} experts")
+        made = counted(recipe, evaluator, corpus, told["blocks"])
+        made.gate = Gate(features, experts, hidden).requires_grad_(False)
+        made.gate.load_state_dict(tensors)
+        made.gate.to(evaluator.world.device)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{place}: not the blend of this recipe ({error}); remove it to score the network"
+        ) from error
+    return made

@@ -1,0 +1,70 @@
+"""The gate: what it starts as, and that it learns whom to trust."""
+
+import pytest
+import torch
+
+from sabrage.blend.blend import Blend
+from sabrage.blend.evidence import Evidence
+from sabrage.blend.gate import HEAD_START, Gate, fit
+
+
+@pytest.fixture
+def trustworthy():
+    """Evidence in which one expert is right where a feature says so, and else the network is."""
+    generator = torch.Generator().manual_seed(0)
+    right_N = torch.rand(4000, generator=generator) < 0.3
+    count_N2 = torch.randint(1, 9, (4000, 2), generator=generator)
+    hits_N2 = torch.stack((torch.where(right_N, count_N2[:, 0], 0), torch.zeros(4000)), 1)
+    network_N = torch.where(right_N, -5.0, -0.5)
+    return Evidence(count_N2, hits_N2.long(), right_N[:, None].float(), network_N), right_N
+
+
+def test_a_fresh_gate_trusts_the_network():
+    evidence = Evidence(
+        torch.tensor([[0, 0], [3, 0], [1, 2]]), torch.zeros(3, 2), torch.randn(3, 5), torch.zeros(3)
+    )
+    shares = Gate(5, 2, 4).shares(evidence).exp()
+    start = torch.tensor(HEAD_START).exp()
+    torch.testing.assert_close(shares[0], torch.tensor([1.0, 0, 0]))
+    torch.testing.assert_close(shares[1], torch.stack((start, torch.ones(()), torch.zeros(()))) / (start + 1))
+    assert (shares[2] > 0).all()
+    torch.testing.assert_close(shares.sum(1), torch.ones(3))
+
+
+def test_without_any_expert_the_network_is_all():
+    evidence = Evidence(torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 1), torch.tensor([-2.0, -7.0]))
+    torch.testing.assert_close(Gate(1, 3, 2)(evidence), evidence.network_N)
+
+
+def test_fitting_finds_whom_to_trust_and_repeats_itself(trustworthy):
+    evidence, right_N = trustworthy
+    settings = {"hidden": 8, "steps": 150, "batch": 512, "lr": 0.02}
+    before = torch.get_rng_state()
+    gate = fit(evidence, **settings, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert -gate(evidence).mean() < 0.45 < -evidence.network_N.mean()
+    shares = gate.shares(evidence).exp()
+    assert shares[right_N, 1].mean() > 0.8 > 0.2 > shares[~right_N, 1].mean()
+    again, other = fit(evidence, **settings, seed=1), fit(evidence, **settings, seed=2)
+    assert torch.equal(again.inner.weight, gate.inner.weight)
+    assert not torch.equal(other.inner.weight, gate.inner.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"text_orders": 8}, "text_orders"),
+        ({"document_orders": -1}, "document_orders"),
+        ({"text_orders": 0, "document_orders": 0}, "counts nothing"),
+        ({"held_out": 0}, "held_out"),
+        ({"lr": 0.0}, "lr"),
+    ],
+)
+def test_what_cannot_be_is_told(changes, word):
+    assert any(word in problem for problem in Blend(**changes).problems())
+
+
+def test_a_large_vocabulary_is_told():
+    assert Blend().unfit_vocabulary(50_304) == []
+    assert "text_orders=0" in Blend().unfit_vocabulary(100_000)[0]
+    assert Blend(text_orders=0).unfit_vocabulary(100_000) == []

@@ -1,0 +1,158 @@
+"""A run that ends with a blend: what it counts, what it says, and how it is read back."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sabrage.blend.blend import Blend
+from sabrage.config import ConfigError, from_json, to_json
+from sabrage.train import blended
+from sabrage.train.loop import build_learner, make_evaluator
+from sabrage.train.world import World
+
+SMALL = Blend(held_out=1500, hidden=8, steps=60, batch=256)
+
+
+@pytest.fixture
+def blending(tiny):
+    return replace(tiny, blend=SMALL)
+
+
+def test_the_last_validation_is_of_the_mixture_and_the_network_is_told_beside_it(run_recipe, tiny, blending):
+    _, plain = run_recipe(tiny, name="plain")
+    outcome, run = run_recipe(blending)
+    result = run.result
+    assert result["network_loss"] == pytest.approx(plain.result["validation_loss"], abs=1e-5)
+    # The pattern of this text is in its counts, and twelve steps of a network have not seen it.
+    assert outcome.validation_loss == result["validation_loss"] < result["network_loss"] - 0.1
+    told = [record for record in run.records if record["event"] == "validation"]
+    assert [("network_loss" in record) for record in told] == [False, False, True]
+    assert "network_loss" not in plain.result
+    checks = {check["name"]: check["passed"] for check in run.manifest["legality"]["checks"]}
+    assert checks["blend"]
+
+
+def test_weights_are_those_of_a_run_without_it(run_recipe, tiny, blending):
+    losses = []
+    for recipe in (tiny, blending):
+        _, run = run_recipe(recipe, name=f"run-{recipe.blend is None}")
+        losses.append([record["loss"] for record in run.records if record["event"] == "train"])
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def parts(blending, one_thread):
+    """(corpus, evaluator) of the recipe with untrained weights."""
+    corpus, world = blending.data.open(), World(torch.device("cpu"))
+    learner = build_learner(blending, world)
+    return corpus, make_evaluator(blending, learner.model, world, corpus, micro_tokens=128)
+
+
+def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeypatch, blending, parts):
+    corpus, evaluator = parts
+    counted, fitted = [], []
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
+    blended.blend(blending, evaluator, corpus, 12)
+    stream = corpus.train.shards[0].astype(np.int64)
+    assert np.array_equal(counted[0].numpy(), stream[: 12 * 128])
+    assert np.array_equal(fitted[0], stream[12 * 128 : 12 * 128 + 1501])
+
+
+def test_every_target_is_scored_once_with_and_without_a_gate(blending, parts):
+    corpus, evaluator = parts
+    made = blended.blend(blending, evaluator, corpus, 12)
+    _, alone = made.losses()
+    assert alone == pytest.approx(evaluator(), abs=1e-5)
+    assert sum(map(len, made.evidence())) == blending.budget.evaluation_tokens
+
+
+@pytest.mark.parametrize("alone", ["text_orders", "document_orders"])
+def test_each_kind_of_count_helps_alone(blending, parts, alone):
+    corpus, evaluator = parts
+    recipe = replace(blending, blend=replace(SMALL, **{alone: 0}))
+    mixed, network = blended.blend(recipe, evaluator, corpus, 12).losses()
+    assert mixed < network
+
+
+def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts):
+    corpus, evaluator = parts
+    made = blended.blend(blending, evaluator, corpus, 12)
+    blended.save(tmp_path, made, step=12)
+    assert [path.name for path in tmp_path.iterdir()] == [blended.FILE]
+    again = blended.load(tmp_path, blending, evaluator, corpus, step=12)
+    assert again.losses() == made.losses()
+    assert blended.load(tmp_path, blending, evaluator, corpus, step=8) is None
+    assert blended.load(tmp_path / "none", blending, evaluator, corpus, step=12) is None
+    other = replace(blending, blend=replace(SMALL, text_orders=2))
+    with pytest.raises(ValueError, match="not the blend of this recipe"):
+        blended.load(tmp_path, other, evaluator, corpus, step=12)
+    (tmp_path / blended.FILE).write_bytes(b"\x09" * 40)
+    with pytest.raises(ValueError, match="not the blend of this recipe"):
+        blended.load(tmp_path, blending, evaluator, corpus, step=12)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, blending, parts):
+    corpus, evaluator = parts
+    made = blended.blend(blending, evaluator, corpus, 12)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blended, "save_file", full)
+    with pytest.raises(ValueError, match="No space"):
+        blended.save(tmp_path, made, step=12)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_on_a_full_disk_still_tells_its_loss(run_recipe, monkeypatch, blending):
+    def full(folder, made, *, step):
+        raise blended.CheckpointError("the disk is full")
+
+    monkeypatch.setattr("sabrage.train.recorder.save", full)
+    outcome, run = run_recipe(blending)
+    assert run.result["validation_loss"] == outcome.validation_loss < run.result["network_loss"]
+    assert any(record["event"] == "checkpoint_failed" for record in run.records)
+
+
+def test_tokens_for_the_gate_must_not_have_been_trained_on(run_recipe, blending):
+    with pytest.raises(ConfigError, match=r"use fewer plan\.steps"):
+        run_recipe(replace(blending, blend=replace(SMALL, held_out=19_000)))
+
+
+def test_many_processes_are_refused(blending):
+    with pytest.raises(ConfigError, match="one process"):
+        blended.check_room(blending, blending.data.open(), World(torch.device("cpu"), 0, 2))
+
+
+def test_a_recipe_with_a_blend_goes_to_json_and_back(blending, tiny):
+    assert from_json(json.loads(json.dumps(to_json(blending)))) == blending
+    old = {key: value for key, value in to_json(tiny).items() if key != "blend"}
+    assert from_json(old) == tiny
+
+
+def test_a_large_vocabulary_is_refused(blending):
+    with pytest.raises(ConfigError, match="text_orders=0"):
+        replace(blending, model=replace(blending.model, vocab_size=60_000)).validate()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_says_what_the_cpu_says(blending):
+    corpus, found = blending.data.open(), []
+    for device in ("cpu", "cuda"):
+        world = World(torch.device(device))
+        learner = build_learner(blending, world)
+        evaluator = make_evaluator(blending, learner.model, world, corpus, micro_tokens=128)
+        made = blended.blend(blending, evaluator, corpus, 12)
+        found.append(made.losses())
+        pieces = list(made.evidence())
+        found.append(
+            [torch.cat([getattr(piece, name) for piece in pieces]).cpu() for name in ("count_NE", "hits_NE")]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[3], strict=True))
+    assert found[0] == pytest.approx(found[2], abs=0.05)
