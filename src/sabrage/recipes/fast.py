@@ -31,6 +31,7 @@ from dataclasses import replace
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
+from sabrage.blend.blend import Blend
 from sabrage.feedforward.mlp import Mlp
 from sabrage.model.ends import TokenTable
 from sabrage.model.fused_head import FusedHead
@@ -38,7 +39,7 @@ from sabrage.model.previous import BigramHash
 from sabrage.optim.adamw import AdamW
 from sabrage.optim.muon import Muon
 from sabrage.parts import OptimizerGroup
-from sabrage.plan import Plan, Ramp, Stages, Trapezoid
+from sabrage.plan import Plan, Ramp, Trapezoid
 from sabrage.recipe import Budget
 from sabrage.recipes.base import MATRICES, base
 from sabrage.wiring.layer_skips import LayerSkips
@@ -74,7 +75,7 @@ fast = replace(
         OptimizerGroup(
             pattern=MATRICES,
             optimizer=Muon(
-                lr=0.025, normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express"
+                lr=0.018, normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express"
             ),
         ),
         # A row of these learns only where its token or pair occurs, so that its gradients are tiny and rare.
@@ -95,13 +96,14 @@ fast = replace(
         ),
     ),
     plan=Plan(
-        steps=1440,
-        lr=Trapezoid(warmup=40, warmdown=864, floor=0.03),
-        tokens_per_step=Stages(values=(65_536, 131_072), starts=(0, 720)),
+        steps=2160,
+        lr=Trapezoid(warmup=60, warmdown=1296, floor=0.03),
+        tokens_per_step=65_536,
         sequence_length=2048,
-        momentum=Ramp(first=0.85, last=0.95, rise=280, fall=70),
+        momentum=Ramp(first=0.85, last=0.95, rise=420, fall=105),
     ),
-    budget=Budget(evaluate_every=240, evaluation_length=8192, evaluation_documents=True),
+    budget=Budget(evaluate_every=360, evaluation_length=8192, evaluation_documents=True),
+    blend=Blend(),
 )
 
 # Half the pairs, and 16 rows at a time: weights, gradients and moments of the tables leave room for no more
@@ -136,6 +138,6 @@ fast_min = replace(
         OptimizerGroup(pattern=r"wiring\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)),
         base.optim[1],
     ),
-    plan=replace(fast.plan, lr=Trapezoid(warmup=40, warmdown=864), momentum=None),
+    plan=replace(fast.plan, lr=Trapezoid(warmup=60, warmdown=1296), momentum=None),
     budget=fast.budget,
 )
