@@ -13,16 +13,15 @@ def trustworthy():
     """Evidence in which one expert is right where a feature says so, and else the network is."""
     generator = torch.Generator().manual_seed(0)
     right_N = torch.rand(4000, generator=generator) < 0.3
-    count_N2 = torch.randint(1, 9, (4000, 2), generator=generator)
-    hits_N2 = torch.stack((torch.where(right_N, count_N2[:, 0], 0), torch.zeros(4000)), 1)
+    log_N2 = torch.stack((torch.where(right_N, 0.0, -torch.inf), torch.full((4000,), -torch.inf)), 1)
     network_N = torch.where(right_N, -5.0, -0.5)
-    return Evidence(count_N2, hits_N2.long(), right_N[:, None].float(), network_N), right_N
+    known_N2 = torch.ones(4000, 2, dtype=torch.bool)
+    return Evidence(log_N2, known_N2, right_N[:, None].float(), network_N), right_N
 
 
 def test_a_fresh_gate_trusts_the_network():
-    evidence = Evidence(
-        torch.tensor([[0, 0], [3, 0], [1, 2]]), torch.zeros(3, 2), torch.randn(3, 5), torch.zeros(3)
-    )
+    known_N2 = torch.tensor([[False, False], [True, False], [True, True]])
+    evidence = Evidence(torch.zeros(3, 2), known_N2, torch.randn(3, 5), torch.zeros(3))
     shares = Gate(5, 2, 4).shares(evidence).exp()
     start = torch.tensor(HEAD_START).exp()
     torch.testing.assert_close(shares[0], torch.tensor([1.0, 0, 0]))
@@ -32,7 +31,9 @@ def test_a_fresh_gate_trusts_the_network():
 
 
 def test_without_any_expert_the_network_is_all():
-    evidence = Evidence(torch.zeros(2, 3), torch.zeros(2, 3), torch.randn(2, 1), torch.tensor([-2.0, -7.0]))
+    evidence = Evidence(
+        torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), torch.randn(2, 1), torch.tensor([-2.0, -7.0])
+    )
     torch.testing.assert_close(Gate(1, 3, 2)(evidence), evidence.network_N)
 
 
@@ -55,7 +56,8 @@ def test_fitting_finds_whom_to_trust_and_repeats_itself(trustworthy):
     [
         ({"text_orders": 8}, "text_orders"),
         ({"document_orders": -1}, "document_orders"),
-        ({"text_orders": 0, "document_orders": 0}, "counts nothing"),
+        ({"text_orders": 0, "document_orders": 0, "seen": False, "cache": ()}, "no expert"),
+        ({"cache": (0.0,)}, "cache"),
         ({"held_out": 0}, "held_out"),
         ({"lr": 0.0}, "lr"),
     ],

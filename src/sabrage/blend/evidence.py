@@ -1,36 +1,38 @@
-"""What counts say about a token: how often its context has been seen, and how often it went on like this.
+"""What others than the network say about a token: experts, each a distribution over the vocabulary.
 
-An expert is a kind of context: the last k tokens, looked up in the training text (k from 1) or in the same
-document so far (k from 0, which asks for no context at all). Its probability of a token is
+Counting experts look up the last k tokens, in the training text (k from 1) or in the same document so far
+(k from 0, which asks for no context at all):
 
-    hits / count,    count = occurrences of the context, hits = those that went on with the token
+    p(token) = hits / count,    count = occurrences of the context, hits = those that went on with the token
 
-and it has none where the context was never seen. A context ends at the beginning of its row and document, so
-that experts see what the network sees. Everything depends on tokens up to the context's last one, and the
-hits over all tokens of the vocabulary sum to the count.
+and say nothing where the context was never seen. Two more make use of the network; see `neural`. A context
+ends at the beginning of its row and document, so that experts see what the network sees.
 
-Shapes: N tokens, E experts, F features.
+Shapes: B rows, T tokens in a row, N = B T, E experts, F features, D width of the network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from sabrage.blend.blend import Blend
 from sabrage.blend.grams import Grams
+from sabrage.blend.neural import Rows, cached, network_says
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of N scored tokens: `count_NE`, `hits_NE`, what the gate may look at, the network's log-probability.
+    """Of N scored tokens: what each expert and the network say of it, and what the gate may look at.
 
-    Nothing in `features_NF` depends on the scored token or on what comes after it.
+    `log_NE` and `network_N` are log-probabilities of the token, in nats; `known_NE` says which experts say
+    anything. Nothing in `known_NE` and `features_NF` depends on the scored token or on what comes after it.
     """
 
-    count_NE: Tensor
-    hits_NE: Tensor
+    log_NE: Tensor
+    known_NE: Tensor
     features_NF: Tensor
     network_N: Tensor
 
@@ -46,50 +48,75 @@ class Evidence:
         return cls(*(torch.cat([getattr(piece, field.name) for piece in pieces]) for field in fields(cls)))
 
 
-def rows_evidence(
+@torch.no_grad()
+def evidence_of(
+    part: Blend,
     grams: Grams | None,
-    text_orders: int,
-    document_orders: int,
-    vocab_size: int,
+    head: Callable[[Tensor], Tensor],
     tokens_BT: Tensor,
     targets_BT: Tensor,
     documents_BT: Tensor | None,
-    network: tuple[Tensor, Tensor],
+    h_BTD: Tensor,
+    *,
+    vocab_size: int,
 ) -> Evidence:
-    """The evidence on the targets of whole rows, B T tokens; `targets_BT` are the tokens one further on.
+    """The evidence on the targets of whole rows; `targets_BT` are the tokens one further on.
 
-    `network` is its log-probabilities of the targets, (B T,), and what the gate may see of it, (B T, .).
-    A target of -1 is none; what is said of it means nothing.
+    `head` makes logits (M, V) of the network's states (M, D). A target of -1 is none; what is said of it
+    means nothing.
     """
-    targets_N = targets_BT.flatten().clamp(min=0)
-    depth_N, group_N = depths(tokens_BT, documents_BT)
-    log_network_N, seen_NX = network
-    counts, hits, features = [], [], [seen_NX]
+    depth_BT, group_BT = depths(tokens_BT, documents_BT)
+    rows = Rows(tokens_BT, targets_BT.clamp(min=0), group_BT, depth_BT, h_BTD)
+    counts, features = [], []
     if grams is not None:
-        for order in range(1, text_orders + 1):
-            context = context_of(tokens_BT, order)
-            count_N, ways_N = grams.count(context)
-            hits_N, _ = grams.count([*context, targets_N])
-            known_N = depth_N >= order
-            count_N, ways_N, hits_N = (torch.where(known_N, x, 0) for x in (count_N, ways_N, hits_N))
-            counts.append(count_N)
-            hits.append(hits_N)
-            evenness_N = ways_N.clamp(min=1).log() - count_N.clamp(min=1).log()
-            features.append(torch.stack((tamed(count_N), tamed(ways_N), evenness_N), 1))
-    for order in range(document_orders):
-        known_N = depth_N >= order
+        for count_N, hits_N, seen_NX in in_text(grams, part.text_orders, rows):
+            counts.append((count_N, hits_N))
+            features.append(seen_NX)
+    for count_N, hits_N in in_document(part.document_orders, rows, vocab_size):
+        counts.append((count_N, hits_N))
+        features.append(tamed(count_N)[:, None])
+    logs = [(hits_N / count_N.clamp(min=1)).log() for count_N, hits_N in counts]
+    known = [count_N > 0 for count_N, _ in counts]
+    first_BT = earlier((rows.group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
+    says = network_says(head, rows, first_BT if part.seen else None)
+    features.append(says.features_NX)
+    if part.seen:
+        logs.append(says.restricted_N)
+        known.append(torch.ones_like(says.restricted_N, dtype=torch.bool))
+    if part.cache:
+        log_NC, features_NX = cached(rows, part.cache)
+        logs += log_NC.unbind(1)
+        known += [(depth_BT > 1).flatten()] * len(part.cache)
+        features.append(features_NX)
+    return Evidence(torch.stack(logs, 1), torch.stack(known, 1), torch.cat(features, 1), says.log_N)
+
+
+def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(count, hits, features) of contexts of 1 to `orders` tokens in the counted text, (N,), (N,), (N, 3)."""
+    found = []
+    for order in range(1, orders + 1):
+        context = [rows.tokens_BT.roll(back, 1) for back in range(order - 1, -1, -1)]
+        count_BT, ways_BT = grams.count(context)
+        hits_BT, _ = grams.count([*context, rows.targets_BT])
+        deep_BT = rows.depth_BT >= order
+        count_N, ways_N, hits_N = (torch.where(deep_BT, x, 0).flatten() for x in (count_BT, ways_BT, hits_BT))
+        evenness_N = ways_N.clamp(min=1).log() - count_N.clamp(min=1).log()
+        found.append((count_N, hits_N, torch.stack((tamed(count_N), tamed(ways_N), evenness_N), 1)))
+    return found
+
+
+def in_document(orders: int, rows: Rows, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    """(count, hits) of contexts of 0 to `orders` - 1 tokens in the document so far, (N,) each."""
+    found, key_N, targets_N = [], rows.group_BT.flatten(), rows.targets_BT.flatten()
+    for order in range(orders):
+        deep_N = (rows.depth_BT >= order).flatten()
         if order:
             # What would reach beyond the document is a context like no other, not that of another place.
-            last_N = torch.where(known_N, tokens_BT.roll(order - 1, 1).flatten(), vocab_size)
-            group_N = numbered(group_N * (vocab_size + 1) + last_N)
-        count_N = torch.where(known_N, earlier(group_N), 0)
-        hits_N = torch.where(known_N, earlier(group_N * vocab_size + targets_N), 0)
-        counts.append(count_N)
-        hits.append(hits_N)
-        features.append(tamed(count_N)[:, None])
-    return Evidence(
-        torch.stack(counts, 1).int(), torch.stack(hits, 1).int(), torch.cat(features, 1), log_network_N
-    )
+            last_N = torch.where(deep_N, rows.tokens_BT.roll(order - 1, 1).flatten(), vocab_size)
+            key_N = numbered(key_N * (vocab_size + 1) + last_N)
+        count_N, hits_N = earlier(key_N), earlier(key_N * vocab_size + targets_N)
+        found.append((torch.where(deep_N, count_N, 0), torch.where(deep_N, hits_N, 0)))
+    return found
 
 
 def tamed(count_N: Tensor) -> Tensor:
@@ -97,22 +124,16 @@ def tamed(count_N: Tensor) -> Tensor:
     return count_N.float().log1p() / 4 - 1
 
 
-def context_of(tokens_BT: Tensor, order: int) -> list[Tensor]:
-    """The last `order` tokens at each place, oldest first, (B T,) each; what precedes a row means nothing."""
-    return [tokens_BT.roll(back, 1).flatten() for back in range(order - 1, -1, -1)]
-
-
 def depths(tokens_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(tokens of the document in the row so far, a number for each document of each row), (B T,) both."""
+    """(tokens of the document in the row so far, a number for each document of each row), (B, T) both."""
     rows, length = tokens_BT.shape
     time_T = torch.arange(length, device=tokens_BT.device)
-    row_B1 = torch.arange(rows, device=tokens_BT.device)[:, None]
-    if documents_BT is None:
-        return (time_T + 1).expand(rows, -1).flatten(), row_B1.expand(-1, length).flatten()
-    first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    first_BT[:, 1:] = documents_BT.diff(dim=1) != 0
+    first_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    if documents_BT is not None:
+        first_BT[:, 1:] = documents_BT.diff(dim=1) != 0
     start_BT = torch.where(first_BT, time_T, 0).cummax(1).values
-    return (time_T - start_BT + 1).flatten(), (row_B1 * length + start_BT).flatten()
+    row_B1 = torch.arange(rows, device=tokens_BT.device)[:, None]
+    return time_T - start_BT + 1, row_B1 * length + start_BT
 
 
 def numbered(key_N: Tensor) -> Tensor:

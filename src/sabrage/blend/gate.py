@@ -1,8 +1,8 @@
 """The gate that mixes the network and the experts, and how it is fitted.
 
-    p(token) = g_0 p_network(token) + sum_e g_e hits_e / count_e,    g = softmax(U gelu(W features + b) + c)
+    p(token) = g_0 p_network(token) + sum_e g_e p_e(token),    g = softmax(U gelu(W features + b) + c)
 
-over the network and those experts that have seen their context. Interpolation of models with weights by
+over the network and those experts that know their context. Interpolation of models with weights by
 context is Jelinek and Mercer's (1980); a network's share of it by its own uncertainty is that of pointer and
 cache models (Grave et al. 2017, arXiv 1612.04426). All parts are distributions over the vocabulary and the
 weights know nothing of the token, so the mixture is one as well.
@@ -33,12 +33,10 @@ class Gate(nn.Module):
     def shares(self, evidence: Evidence) -> Tensor:
         """Logarithms of what the network and each expert are given, (N, 1 + E)."""
         raw = self.outer(F.gelu(self.inner(evidence.features_NF)))
-        unseen = F.pad(evidence.count_NE == 0, (1, 0))
-        return raw.masked_fill(unseen, -torch.inf).log_softmax(1)
+        return raw.masked_fill(F.pad(~evidence.known_NE, (1, 0)), -torch.inf).log_softmax(1)
 
     def forward(self, evidence: Evidence) -> Tensor:
-        experts_NE = (evidence.hits_NE / evidence.count_NE.clamp(min=1)).log()
-        each = torch.cat((evidence.network_N[:, None], experts_NE), 1)
+        each = torch.cat((evidence.network_N[:, None], evidence.log_NE), 1)
         return torch.logsumexp(self.shares(evidence) + each, 1)
 
 
@@ -47,7 +45,7 @@ def fit(evidence: Evidence, *, hidden: int, steps: int, batch: int, lr: float, s
     device = evidence.network_N.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = Gate(evidence.features_NF.shape[1], evidence.count_NE.shape[1], hidden).to(device)
+        gate = Gate(evidence.features_NF.shape[1], evidence.log_NE.shape[1], hidden).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))

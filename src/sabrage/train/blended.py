@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sabrage.blend.blend import Blend
-from sabrage.blend.evidence import Evidence, rows_evidence
+from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
 from sabrage.config import ConfigError
@@ -23,8 +23,6 @@ from sabrage.run.checkpoint import CheckpointError
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.world import World
 
-# Logits of this many tokens are held at once: 0.8 GB of 50,257 in fp32, three times over.
-TOKENS_AT_ONCE = 4096
 FILE = "blend.safetensors"
 
 
@@ -83,35 +81,25 @@ class Blended:
             for tokens_BT, targets_BT in self.evaluator.batches(text):
                 documents_BT = self.evaluator.documents(tokens_BT)
                 _, h_BTD = self.evaluator.forward(tokens_BT, targets_BT, documents_BT, *self.shape)
-                found = rows_evidence(
+                found = evidence_of(
+                    self.part,
                     self.grams,
-                    self.part.text_orders,
-                    self.part.document_orders,
-                    model.spec.vocab_size,
+                    self.head,
                     tokens_BT,
                     targets_BT,
                     documents_BT,
-                    self.network(h_BTD, targets_BT),
+                    h_BTD,
+                    vocab_size=model.spec.vocab_size,
                 )
                 yield found[targets_BT.flatten() >= 0]
         finally:
             model.train(was_training)
 
-    def network(self, h_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Its log-probabilities of the targets, (B T,), its entropy and largest log-probability, (B T, 2)."""
-        evaluator = self.evaluator
-        logs, seen = [], []
-        pieces = zip(
-            h_BTD.flatten(0, 1).split(TOKENS_AT_ONCE), targets_BT.flatten().split(TOKENS_AT_ONCE), strict=True
-        )
-        for h_ND, targets_N in pieces:
-            with evaluator.precision.autocast(evaluator.world.device):
-                logits_NV = evaluator.model.head(h_ND)
-            log_NV = logits_NV.float().log_softmax(1)
-            entropy_N = -(log_NV.exp() * log_NV).sum(1)
-            seen.append(torch.stack((entropy_N / 4 - 1, log_NV.amax(1)), 1))
-            logs.append(log_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0])
-        return torch.cat(logs), torch.cat(seen)
+    def head(self, h_MD: Tensor) -> Tensor:
+        """Logits of the network's states, (M, V)."""
+        with self.evaluator.precision.autocast(self.evaluator.world.device):
+            logits_MV: Tensor = self.evaluator.model.head(h_MD)
+        return logits_MV
 
 
 def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
@@ -178,7 +166,7 @@ def load(
         if told["step"] != step:
             return None
         (hidden, features), experts = tensors["inner.weight"].shape, len(tensors["outer.bias"]) - 1
-        if experts != recipe.blend.text_orders + recipe.blend.document_orders:
+        if experts != recipe.blend.num_experts():
             raise ValueError(f"its gate has {experts} experts")
         made = counted(recipe, evaluator, corpus, told["blocks"])
         made.gate = Gate(features, experts, hidden).requires_grad_(False)
