@@ -27,7 +27,7 @@ class Blend(Part):
     document_orders: int = 4
     seen: bool = True
     cache: tuple[float, ...] = (10.0, 20.0, 40.0)
-    held_out: int = 1_048_576
+    held_out: int = 524_288
     hidden: int = 64
     steps: int = 384
     batch: int = 16_384
