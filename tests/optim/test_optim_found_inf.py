@@ -12,7 +12,8 @@ from sabrage.optim.muon import Muon, compiled_update
 from sabrage.parts import Knobs, OptimizerGroup
 
 FULL = Muon(normuon=True, cautious=True, weight_decay=0.1)
-SHAPES = {"0.qkv": (24, 8), "1.qkv": (24, 8), "0.up": (32, 8)}
+LONGER = dataclasses.replace(FULL, evens="longer")
+SHAPES = {"0.qkv": (24, 8), "1.qkv": (24, 8), "0.up": (32, 8), "0.down": (8, 32)}
 
 
 def named_parameters(dtype=torch.float32):
@@ -51,7 +52,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize(
-    ("part", "compiled"), [(AdamW(), False), (FULL, False), (FULL, True), (Muon(), False)]
+    ("part", "compiled"), [(AdamW(), False), (FULL, False), (FULL, True), (LONGER, True), (Muon(), False)]
 )
 def test_a_step_with_found_inf_changes_neither_weights_nor_state(part, compiled):
     named = named_parameters()

@@ -18,6 +18,7 @@ pytestmark = [
 
 FULL = Muon(normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express")
 HALVES = replace(FULL, backend="triton")
+LONGER = replace(FULL, evens="longer", variance_decay=0.9)
 
 
 def gpt2_parameters(*, dim=256, layers=2, vocab=512, seed=0, dtype=torch.float32):
@@ -66,7 +67,7 @@ def knobs(step):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL, HALVES])
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL, HALVES, LONGER])
 def test_the_compiled_update_equals_the_eager_one(part, dtype):
     start = [parameter.detach().float() for _, parameter in gpt2_parameters(dtype=dtype)]
     ends = []

@@ -5,13 +5,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sabrage.config import ConfigError
 from sabrage.optim.groups import Optimizers
-from sabrage.optim.muon import Muon, compiled_update, even_rows, update
-from sabrage.optim.orthogonalise import newton_schulz, polar_express
+from sabrage.optim.muon import Muon, compiled_update, update
+from sabrage.optim.orthogonalise import evened, newton_schulz, polar_express
 from sabrage.parts import Knobs, OptimizerGroup
 
 SHAPES = {"qkv": (24, 8), "out": (8, 8), "up": (32, 8), "down": (8, 32), "experts": (2, 32, 8)}
 FULL = Muon(normuon=True, cautious=True, weight_decay=0.1, orthogonalise="polar_express")
+LONGER = dataclasses.replace(FULL, evens="longer", variance_decay=0.9)
 
 
 def named_parameters(*, layers=2, seed=0, shapes=SHAPES, dtype=torch.float32):
@@ -78,7 +80,7 @@ def test_muon_agrees_with_torchs_own(nesterov, lr_scale, adjust):
         torch.testing.assert_close(momentum, oracle.state[expected]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL])
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL, LONGER])
 def test_batched_equals_one_parameter_at_a_time(part):
     together = trained(part)
     for name, parameter in named_parameters():
@@ -86,21 +88,22 @@ def test_batched_equals_one_parameter_at_a_time(part):
         torch.testing.assert_close(alone[name], together[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_stack_is_that_many_separate_matrices():
-    fused = nn.Parameter(torch.randn(48, 8, generator=torch.Generator().manual_seed(0)))
+@pytest.mark.parametrize(("part", "columns"), [(FULL, 8), (LONGER, 32)], ids=["tall", "wide"])
+def test_a_stack_is_that_many_separate_matrices(part, columns):
+    fused = nn.Parameter(torch.randn(48, columns, generator=torch.Generator().manual_seed(0)))
     thirds = [nn.Parameter(third.clone()) for third in fused.detach().chunk(3)]
-    cube = nn.Parameter(fused.detach().clone().view(3, 16, 8))
-    gradient = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
-    fused.grad, cube.grad = gradient.clone(), gradient.clone().view(3, 16, 8)
+    cube = nn.Parameter(fused.detach().clone().view(3, 16, columns))
+    gradient = torch.randn(48, columns, generator=torch.Generator().manual_seed(1))
+    fused.grad, cube.grad = gradient.clone(), gradient.clone().view(3, 16, columns)
     for third, piece in zip(thirds, gradient.chunk(3), strict=True):
         third.grad = piece.clone()
     for named in ([("qkv", fused)], [("cube", cube)], [(str(i), third) for i, third in enumerate(thirds)]):
-        optimizers_of(FULL, named).step(knobs(0))
-    torch.testing.assert_close(fused.view(3, 16, 8), cube)
+        optimizers_of(part, named).step(knobs(0))
+    torch.testing.assert_close(fused.view(3, 16, columns), cube)
     torch.testing.assert_close(fused, torch.cat(thirds))
-    whole = nn.Parameter(cube.detach().clone().view(48, 8))
+    whole = nn.Parameter(cube.detach().clone().view(48, columns))
     whole.grad = gradient.clone()
-    optimizers_of(dataclasses.replace(FULL, stacks=()), [("qkv", whole)]).step(knobs(0))
+    optimizers_of(dataclasses.replace(part, stacks=()), [("qkv", whole)]).step(knobs(0))
     assert not torch.allclose(whole, fused)
 
 
@@ -176,16 +179,70 @@ def test_normuon_keeps_the_norm_of_every_matrix_and_evens_its_rows():
     generator = torch.Generator().manual_seed(0)
     u_SMN = torch.randn(3, 16, 8, generator=generator) * torch.logspace(-1, 1, 16)[:, None]
     variance_SM1 = torch.zeros(3, 16, 1)
-    even_SMN = even_rows(u_SMN, variance_SM1)
+    even_SMN = evened(u_SMN, variance_SM1, decay=0.95)
     torch.testing.assert_close(even_SMN.norm(dim=(1, 2)), u_SMN.norm(dim=(1, 2)))
     rows = even_SMN.norm(dim=2)
     torch.testing.assert_close(rows, rows[:, :1].expand_as(rows), rtol=1e-4, atol=0)
     torch.testing.assert_close(variance_SM1, 0.05 * u_SMN.square().mean(2, keepdim=True))
     # Another update now meets the memory of the first: the norm is kept, the rows are no longer even.
     other_SMN = torch.randn(3, 16, 8, generator=generator)
-    again_SMN = even_rows(other_SMN, variance_SM1)
+    again_SMN = evened(other_SMN, variance_SM1, decay=0.95)
     torch.testing.assert_close(again_SMN.norm(dim=(1, 2)), other_SMN.norm(dim=(1, 2)))
     assert again_SMN.norm(dim=2).std() > 0.1
+
+
+def test_evening_the_longer_side_of_a_wide_matrix_is_evening_the_rows_of_its_transpose():
+    part = dataclasses.replace(LONGER, lr_scale="none")
+    wide = nn.Parameter(dict(named_parameters())["0.down"].detach())
+    tall = nn.Parameter(wide.detach().T.clone())
+    rows = nn.Parameter(wide.detach().clone())
+    by_rows = dataclasses.replace(part, evens="rows")
+    chosen = [optimizers_of(p, [("w", w)]) for p, w in ((part, wide), (by_rows, tall), (by_rows, rows))]
+    for step in range(4):
+        give_gradients([("w", wide)], seed=step)
+        tall.grad, rows.grad = wide.grad.T.clone(), wide.grad.clone()
+        for optimizers in chosen:
+            optimizers.step(knobs(step))
+    torch.testing.assert_close(wide, tall.T, rtol=1e-6, atol=1e-6)
+    mine, other = (optimizers.state_tensors()["w/variance"] for optimizers in chosen[:2])
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=0)
+    assert (rows - wide).abs().max() > 1e-3
+
+
+def test_evening_the_longer_side_of_a_matrix_that_is_not_wide_is_evening_its_rows():
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "down"}
+    longer, rows = (
+        trained(dataclasses.replace(LONGER, evens=evens), named=named_parameters(shapes=shapes))
+        for evens in ("longer", "rows")
+    )
+    assert all(torch.equal(longer[name], rows[name]) for name in rows)
+
+
+def test_the_decay_of_the_second_moment_changes_the_update():
+    slow, fast = (trained(dataclasses.replace(FULL, variance_decay=decay)) for decay in (0.95, 0.5))
+    assert not any(torch.equal(slow[name], fast[name]) for name in slow)
+
+
+def test_moments_of_columns_come_back_bit_for_bit_for_wide_matrices_alone_fused_and_stacked():
+    shapes = {"down": (8, 32), "qkv": (24, 16), "experts": (2, 8, 32)}
+    named = named_parameters(shapes=shapes)
+    optimizers = optimizers_of(LONGER, named)
+    give_gradients(named, seed=0)
+    optimizers.step(knobs(0))
+    saved = {key: value.clone() for key, value in optimizers.state_tensors().items()}
+    found = {name: tuple(saved[f"1.{name}/variance"].shape) for name in shapes}
+    assert found == {"down": (32,), "qkv": (48,), "experts": (2, 32)}
+    assert all(value.all() for value in saved.values())
+    others = [(name, nn.Parameter(parameter.detach().clone())) for name, parameter in named]
+    resumed = optimizers_of(LONGER, others)
+    resumed.load_state_tensors(saved)
+    for step in (1, 2):
+        for pairs, chosen in ((named, optimizers), (others, resumed)):
+            give_gradients(pairs, seed=step)
+            chosen.step(knobs(step))
+    assert all(torch.equal(p, other) for (_, p), (_, other) in zip(named, others, strict=True))
+    with pytest.raises(ConfigError, match=r"'0\.down/variance' is \(32,\)"):
+        optimizers_of(FULL, named_parameters(shapes=shapes)).load_state_tensors(saved)
 
 
 @pytest.mark.parametrize("normuon", [True, False])
@@ -240,9 +297,10 @@ def test_more_layers_are_not_more_launches():
     assert counts[0] == counts[1]
 
 
-def test_changing_knobs_recompile_nothing_and_change_nothing():
+@pytest.mark.parametrize("part", [FULL, LONGER], ids=["rows", "longer"])
+def test_changing_knobs_recompile_nothing_and_change_nothing(part):
     eager, compiled = named_parameters(), named_parameters()
-    reference, optimizers = optimizers_of(FULL, eager), optimizers_of(FULL, compiled)
+    reference, optimizers = optimizers_of(part, eager), optimizers_of(part, compiled)
     graphs = []
 
     def count(graph, inputs):
@@ -283,7 +341,7 @@ def test_on_the_cpu_the_update_is_not_compiled():
     assert all(batch.update is update for batch in optimizer.batches)
 
 
-@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL])
+@pytest.mark.parametrize("part", [Muon(weight_decay=0.1), FULL, LONGER])
 def test_while_layers_are_idle_those_without_gradient_stay_and_the_others_move_as_alone(part):
     named, alone = named_parameters(layers=3), named_parameters(layers=3)
     working = [pair for pair in alone if not pair[0].startswith("1.")]
@@ -304,7 +362,8 @@ def test_while_layers_are_idle_those_without_gradient_stay_and_the_others_move_a
         for name, parameter in named:
             if name.startswith("1.") and stayed:
                 assert torch.equal(parameter, weights[name])
-                assert torch.equal(state[f"{name}/momentum"], before[f"{name}/momentum"])
+                own = [key for key in state if key.startswith(f"{name}/")]
+                assert all(torch.equal(state[key], before[key]) for key in own)
     assert any(name.endswith("/variance") for name in state) == part.normuon
     for name, parameter in working:
         torch.testing.assert_close(dict(named)[name], parameter, rtol=1e-4, atol=1e-6)

@@ -5,8 +5,9 @@
 Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024); the scale that lets AdamW's
 learning rates be kept: Liu et al. 2025 (arXiv 2502.16982). NorMuon (Li et al. 2025, arXiv 2510.05491) evens
 out the rows of u, a row being one neuron: v <- b2 v + (1 - b2) mean of u^2 over the row, u <- u / sqrt(v),
-then u gets its old norm back. Cautious decay (Chen et al. 2025, arXiv 2510.12402) decays a weight only where
-the update pulls it towards zero as well: sign(u) = sign(w).
+then u gets its old norm back. In KellerJordan/modded-nanogpt (`train_gpt.py`, b2 = 0.9) a wide u (M < N) has
+one v per column: one per hidden neuron in both projections of an MLP. Cautious decay (Chen et al. 2025,
+arXiv 2510.12402) decays a weight only where the update pulls it towards zero as well: sign(u) = sign(w).
 
 All matrices of one shape, whatever parameters they come from, go through one batched product.
 
@@ -16,7 +17,7 @@ fp32, the first and the last iterate in bf16), 0.7 ms at 3 TB/s: 3.4 ms. Stackin
 about 1.4 GB, 0.5 ms. Computing the symmetric X X^T and A^2 by halves saves at most 0.8 ms (measured alone on
 an H100: 1.87 to 1.44 ms for the square matrices, 2.24 to 1.95 ms for the wide ones).
 
-Shapes: S matrices in a batch, M rows, N columns.
+Shapes: S matrices in a batch, M rows, N columns; I, J are M, 1 (a moment per row) or 1, N (one per column).
 """
 
 import math
@@ -31,12 +32,9 @@ from torch import Tensor, nn
 from sabrage.config import ConfigError
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.optim.groups import matches
-from sabrage.optim.orthogonalise import newton_schulz, polar_express
+from sabrage.optim.orthogonalise import evened, newton_schulz, polar_express
 from sabrage.parts import Knobs, Optimizer
 from sabrage.run.device import DeviceFacts
-
-# NorMuon's decay of the per-row second moment, and its guard against rows that never got a gradient.
-ROW_DECAY, ROW_EPS = 0.95, 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +43,11 @@ class Muon(Optimizer):
 
     `stacks` holds (pattern, number): a 2-D parameter whose name matches is that many matrices, one below
     the other, such as a fused projection. `lr_scale` multiplies the update of an (M, N) matrix: "spectral"
-    by sqrt(max(1, M / N)), "match_rms_adamw" by 0.2 sqrt(max(M, N)). With `every` = n the weights move at
-    each n-th step, by the gradients summed since the last. A plan's momentum overrides `momentum`.
-    `compile` fuses the update on CUDA; elsewhere it changes nothing. `backend` makes the symmetric products
-    of the orthogonalisation: "triton" multiplies half of each.
+    by sqrt(max(1, M / N)), "longer" by sqrt(max(M / N, N / M)), "match_rms_adamw" by 0.2 sqrt(max(M, N)).
+    With `every` = n the weights move at each n-th step, by the gradients summed since the last. A plan's
+    momentum overrides `momentum`. NorMuon `evens` out the rows, or the columns of wide matrices and the rows
+    of all others ("longer"), by second moments with `variance_decay`. `compile` fuses the update on CUDA;
+    elsewhere it changes nothing. `backend` "triton" multiplies half of each symmetric product.
     """
 
     lr: float = 0.02
@@ -59,7 +58,9 @@ class Muon(Optimizer):
     orthogonalise: Literal["newton_schulz", "polar_express"] = "newton_schulz"
     steps: int = 5
     normuon: bool = False
-    lr_scale: Literal["spectral", "match_rms_adamw", "none"] = "spectral"
+    evens: Literal["rows", "longer"] = "rows"
+    variance_decay: float = 0.95
+    lr_scale: Literal["spectral", "longer", "match_rms_adamw", "none"] = "spectral"
     stacks: tuple[tuple[str, int], ...] = ((r"qkv", 3),)
     every: int = 1
     compile: bool = True
@@ -71,8 +72,9 @@ class Muon(Optimizer):
             for name, least in (("lr", 0), ("weight_decay", 0), ("steps", 1), ("every", 1))
             if getattr(self, name) < least
         ]
-        if not 0 <= self.momentum < 1:
-            found.append(f"Muon.momentum={self.momentum}, allowed: from 0 to below 1")
+        for name in ("momentum", "variance_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"Muon.{name}={getattr(self, name)}, allowed: from 0 to below 1")
         return found
 
     def refusal(self, facts: DeviceFacts) -> str | None:
@@ -95,9 +97,15 @@ class Muon(Optimizer):
 
     def scale(self, rows: int, columns: int) -> float:
         """What the update of a matrix is multiplied by, beside the learning rate."""
-        if self.lr_scale == "spectral":
-            return math.sqrt(max(1.0, rows / columns))
-        return 0.2 * math.sqrt(max(rows, columns)) if self.lr_scale == "match_rms_adamw" else 1.0
+        ratio = rows / columns
+        if self.lr_scale == "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        scales = {"spectral": max(1.0, ratio), "longer": max(ratio, 1 / ratio), "none": 1.0}
+        return math.sqrt(scales[self.lr_scale])
+
+    def moments(self, rows: int, columns: int) -> tuple[int, int]:
+        """(I, J) of NorMuon's second moments of a matrix."""
+        return (1, columns) if self.evens == "longer" and rows < columns else (rows, 1)
 
 
 def matrix_shape(part: Muon, name: str, parameter: nn.Parameter) -> tuple[int, int, int]:
@@ -116,25 +124,12 @@ def matrix_shape(part: Muon, name: str, parameter: nn.Parameter) -> tuple[int, i
     return number, rows // number, columns
 
 
-def even_rows(u_SMN: Tensor, variance_SM1: Tensor) -> Tensor:
-    """NorMuon: `u_SMN` with every row divided by its root second moment, at unchanged norm per matrix.
-
-    `variance_SM1` is the running second moment; it is brought up to date first, in place.
-    """
-    variance_SM1.lerp_(u_SMN.square().mean(dim=-1, keepdim=True), 1 - ROW_DECAY)
-    even_SMN = u_SMN / (variance_SM1.sqrt() + ROW_EPS)
-    norm_S11, even_norm_S11 = (
-        torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True) for matrices in (u_SMN, even_SMN)
-    )
-    return even_SMN * (norm_S11 / even_norm_S11.clamp(min=ROW_EPS))
-
-
 def update(
     part: Muon,
     weights: list[Tensor],
     gradients: list[Tensor],
     momentum_SMN: Tensor,
-    variance_SM1: Tensor | None = None,
+    variance_SIJ: Tensor | None = None,
     *,
     lr: Tensor,
     weight_decay: Tensor,
@@ -148,15 +143,15 @@ def update(
     for the orthogonalisation.
     """
     rows, columns = momentum_SMN.shape[-2:]
-    changing = [momentum_SMN, *weights] + ([] if variance_SM1 is None else [variance_SM1])
+    changing = [momentum_SMN, *weights] + ([] if variance_SIJ is None else [variance_SIJ])
     before = [] if found_inf is None else [tensor.clone() for tensor in changing]
     g_SMN = torch.cat([gradient.reshape(-1, rows, columns) for gradient in gradients]).float()
     momentum_SMN.lerp_(g_SMN, 1 - momentum)
     mixed_SMN = g_SMN.lerp(momentum_SMN, momentum) if part.nesterov else momentum_SMN
     orthogonalise = newton_schulz if part.orthogonalise == "newton_schulz" else polar_express
     u_SMN = orthogonalise(mixed_SMN, steps=part.steps, halves=part.backend == "triton").float()
-    if variance_SM1 is not None:
-        u_SMN = even_rows(u_SMN, variance_SM1)
+    if variance_SIJ is not None:
+        u_SMN = evened(u_SMN, variance_SIJ, decay=part.variance_decay)
     w_SMN = torch.cat([weight.reshape(-1, rows, columns) for weight in weights]).float()
     decayed_SMN = w_SMN * (1 - lr * weight_decay)
     if part.cautious:
@@ -190,7 +185,7 @@ class ShapeBatch:
     parameters: list[nn.Parameter]
     counts: list[int]
     momentum_SMN: Tensor
-    variance_SM1: Tensor | None
+    variance_SIJ: Tensor | None
     update: Callable[..., None]
 
     def moving(self, *, partial: bool) -> list[int]:
@@ -214,7 +209,7 @@ class ShapeBatch:
         moved = [self.parameters[index] for index in moving]
         weights = [parameter.detach() for parameter in moved]
         gradients = [parameter.grad for parameter in moved]
-        stacks = [stack for stack in (self.momentum_SMN, self.variance_SM1) if stack is not None]
+        stacks = [stack for stack in (self.momentum_SMN, self.variance_SIJ) if stack is not None]
         if len(moving) == len(self.parameters):
             self.update(part, weights, gradients, *stacks, **values, found_inf=found_inf)
             return
@@ -230,7 +225,8 @@ class MuonOptimizer(torch.optim.Optimizer):
     """The optimizer of the part `Muon`, with one parameter group: lr, weight_decay, momentum and partial.
 
     Momentum (and NorMuon's second moment) are float32 and stacked by shape; `state` shows each parameter its
-    own part of the stack, so writing into a state tensor is how state is restored.
+    own part of the stack, so writing into a state tensor is how state is restored. The second moments of a
+    2-D parameter are 1-D: those of its matrices one after the other.
     """
 
     def __init__(self, part: Muon, parameters: list[tuple[str, nn.Parameter]]) -> None:
@@ -250,12 +246,13 @@ class MuonOptimizer(torch.optim.Optimizer):
         device = members[0][1].device
         total = sum(number for _, _, number in members)
         momentum_SMN = torch.zeros(total, rows, columns, dtype=torch.float32, device=device)
-        variance_SM1 = torch.zeros(total, rows, 1, device=device) if self.part.normuon else None
+        moments = self.part.moments(rows, columns)
+        variance_SIJ = torch.zeros(total, *moments, device=device) if self.part.normuon else None
         start = 0
         for _, parameter, number in members:
             state = {"momentum": momentum_SMN[start : start + number].view(parameter.shape)}
-            if variance_SM1 is not None:
-                state["variance"] = variance_SM1[start : start + number].view(parameter.shape[:-1])
+            if variance_SIJ is not None:
+                state["variance"] = variance_SIJ[start : start + number].view(*parameter.shape[:-2], -1)
             self.state[parameter] = state
             start += number
         compiles = self.part.compile and device.type == "cuda"
@@ -264,7 +261,7 @@ class MuonOptimizer(torch.optim.Optimizer):
             parameters=[parameter for _, parameter, _ in members],
             counts=[number for _, _, number in members],
             momentum_SMN=momentum_SMN,
-            variance_SM1=variance_SM1,
+            variance_SIJ=variance_SIJ,
             update=compiled_update(f"muon_{rows}x{columns}") if compiles else update,
         )
 

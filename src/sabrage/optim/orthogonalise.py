@@ -38,6 +38,9 @@ POLAR_EXPRESS: tuple[Quintic, ...] = (
 # The paper's margin against singular values that rounding lifts above the interval; the last needs none.
 SAFETY = 1.01
 
+# NorMuon's guard against rows and columns that never got a gradient.
+EVEN_EPS = 1e-8
+
 
 def polar_express_coefficients(steps: int) -> tuple[Quintic, ...]:
     """(a, b, c) of each round, with the safety factor; beyond the table the last one repeats."""
@@ -94,3 +97,17 @@ def _iterate(
     if rows > columns:
         x_SMN = x_SMN.mT
     return x_SMN.reshape(g_XMN.shape)
+
+
+def evened(u_SMN: Tensor, variance_SIJ: Tensor, *, decay: float) -> Tensor:
+    """NorMuon: `u_SMN` with every row, or column, over its root second moment, at unchanged norm per matrix.
+
+    `variance_SIJ` is the running second moment; it is brought up to date first, in place.
+    """
+    along = -1 if variance_SIJ.shape[-1] == 1 else -2
+    variance_SIJ.lerp_(u_SMN.square().mean(dim=along, keepdim=True), 1 - decay)
+    even_SMN = u_SMN / (variance_SIJ.sqrt() + EVEN_EPS)
+    norm_S11, even_norm_S11 = (
+        torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True) for matrices in (u_SMN, even_SMN)
+    )
+    return even_SMN * (norm_S11 / even_norm_S11.clamp(min=EVEN_EPS))
