@@ -80,6 +80,34 @@ class Trapezoid(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Staged(Schedule):
+    """Another schedule times a factor that changes at given steps: `factors[i]` from step `starts[i]` on.
+
+    A batch that grows in stages allows a higher rate in the later ones; modded-nanogpt's are 1, 1.52 and 1.73
+    for batches of 1, 2 and 3 units.
+    """
+
+    inner: Schedule
+    factors: tuple[float, ...]
+    starts: tuple[int, ...] = (0,)
+
+    def problems(self) -> list[str]:
+        if len(self.factors) != len(self.starts) or self.starts[:1] != (0,):
+            return [f"{self}: needs as many starts as factors, the first one 0"]
+        if list(self.starts) != sorted(self.starts) or min(self.factors) < 0:
+            return [f"{self}: starts must not fall and factors be at least 0"]
+        return []
+
+    def at(self, step: int, steps: int) -> float:
+        now = max(index for index, start in enumerate(self.starts) if start <= step)
+        return self.factors[now] * self.inner.at(step, steps)
+
+    def scaled(self, factor: float) -> Self:
+        starts = tuple(round(start * factor) for start in self.starts)
+        return replace(self, inner=self.inner.scaled(factor), starts=starts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ramp(Schedule):
     """From `first` to `last` over `rise` steps, on a straight line, and back over the last `fall` steps."""
 

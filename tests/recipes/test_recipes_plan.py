@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sabrage.config import ConfigError, override
-from sabrage.plan import Constant, Plan, Ramp, Stages, Trapezoid
+from sabrage.plan import Constant, Plan, Ramp, Staged, Stages, Trapezoid
 from sabrage.recipes import find
 
 
@@ -33,6 +33,23 @@ def test_the_learning_rate_is_the_baselines_at_every_step():
 def test_a_trapezoid_never_falls_below_its_floor():
     schedule = Trapezoid(warmup=0, warmdown=10, floor=0.25)
     assert [schedule.at(step, 20) for step in (0, 9, 10, 15, 19)] == [1.0, 1.0, 1.0, 0.5, 0.25]
+
+
+def test_a_staged_schedule_is_another_one_times_the_factor_of_its_stage():
+    inner = Trapezoid(warmup=2, warmdown=10)
+    schedule = Staged(inner=inner, factors=(1.0, 1.5), starts=(0, 8))
+    assert [schedule.at(step, 20) for step in (0, 7, 8, 15)] == [0.5, 1.0, 1.5, 0.75]
+    longer = schedule.scaled(3)
+    assert longer == Staged(inner=inner.scaled(3), factors=(1.0, 1.5), starts=(0, 24))
+    assert schedule.scaled(0.01).at(0, 1) == 1.5 * inner.scaled(0.01).at(0, 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"starts": (0,)}, {"starts": (1, 8)}, {"starts": (0, -1)}, {"factors": (1.0, -1.0)}]
+)
+def test_a_staged_schedule_that_makes_no_sense_is_told(changes):
+    values = {"inner": Constant(), "factors": (1.0, 2.0), "starts": (0, 8)}
+    assert Staged(**(values | changes)).problems()
 
 
 def test_a_stage_holds_from_its_start_on():
