@@ -113,4 +113,10 @@ def test_pages_are_read_in_place_only_where_their_entries_are_what_is_attended_t
     for name, changes in {"plain": {}, **OPTIONS}.items():
         layer = MultiHead(heads=4, **changes).build(dim=32, layer=0)
         reads[name] = layer.reads_pages(query, SimpleNamespace(paged=True))
-    assert {name for name, read in reads.items() if read} == {"plain", "gate", "exclusive", "partial"}
+    assert {name for name, read in reads.items() if read} == {
+        "plain",
+        "gate",
+        "exclusive",
+        "scaled",
+        "partial",
+    }

@@ -12,7 +12,9 @@ from sabrage.recipes import find
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["base", "gqa", "attention-gate", "exclusive-self", "partial-rotary"])
+@pytest.mark.parametrize(
+    "name", ["base", "gqa", "attention-gate", "attention-scale", "exclusive-self", "partial-rotary"]
+)
 def test_the_kernel_over_pages_continues_the_forward_pass(name, monkeypatch, one_thread):
     model, asked = build(shrink(find(name)).model), []
 

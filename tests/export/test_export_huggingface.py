@@ -63,6 +63,7 @@ VARIANTS = {
             "paired=true",
             "rotary.share=0.5",
             "key_offset=true",
+            "scale=0.4",
         )
     ],
     "fused": ["model.head=FusedHead", "model.wiring=FusedResidual", "model.head.softcap=15"],

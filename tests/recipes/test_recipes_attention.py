@@ -12,7 +12,14 @@ from sabrage.optim.groups import assign
 from sabrage.optim.muon import Muon
 from sabrage.recipes import find
 
-NAMES = ["attention-gate", "exclusive-self", "paired-heads", "partial-rotary", "key-offset"]
+NAMES = [
+    "attention-gate",
+    "attention-scale",
+    "exclusive-self",
+    "paired-heads",
+    "partial-rotary",
+    "key-offset",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

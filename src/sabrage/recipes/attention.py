@@ -41,6 +41,7 @@ attention = (
         "base with the token's own value taken out of what it attends to",
         exclusive_self=True,
     ),
+    _variant("attention-scale", "base with attention scores a good third sharper", scale=0.17),
     _variant("paired-heads", "base with heads that see each other's keys, two by two", paired=True),
     _variant("partial-rotary", "base with positions in the faster half of each head", rotary=HALF),
     _variant(
