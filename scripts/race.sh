@@ -34,24 +34,24 @@ visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,nohe
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 mkdir -p "$out/runs"
-# Why these: LOG.md, the second race of `fast`. Those that share its graphs come first.
-ahead='objective={"part":"SharedAhead","tokens":3}+plan.loss_weights=[{"part":"Constant"},'
-ahead+='{"part":"Anneal","first":0.5,"begin":480,"end":960},{"part":"Anneal","first":0.25,"end":480}]'
+# Why these: LOG.md, the third race of `fast`. Short runs mislead about batches and rates: TOKENS=141557760 for
+# those (4 a change), on nine parts of text. Those that share its graphs come first.
+late='plan.lr={"part":"Staged","inner":{"part":"Trapezoid","warmup":30,"warmdown":648,"floor":0.05},'
+late+='"factors":[1,1.3,1.5],"starts":[0,540,810]}'
+sharper='model.mixers.0.scale=0.12'
+for layer in 1 2 3 4; do sharper+="+model.mixers.$layer.scale=0.12"; done
 changes=(
-  fast+optim.0.optimizer.lr=0.02
-  fast+optim.1.optimizer.lr=0.6
+  "fast+plan.tokens_per_step.values=[65536,131072,262144]+plan.tokens_per_step.starts=[0,540,810]+plan.steps=1080+$late"
+  fast+optim.0.optimizer.lr=0.018
+  fast+plan.lr.warmdown=1152
+  'fast+optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
+  'fast+optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9+optim.0.optimizer.lr_scale="longer"'
   'fast+optim.0.optimizer.stacks=[["qkv",9]]'
   fast+optim.3.optimizer.lr=0.02
-  fast+optim.4.optimizer.lr=0.012
-  'fast+plan.tokens_per_step.values=[32768,65536,131072]+plan.tokens_per_step.starts=[0,240,840]+data.block_tokens=32768+plan.steps=1560'
-  "fast+$ahead"
+  "fast+$sharper"
   fast+model.layers=11
-  fast+model.wiring.pairs=262144
-  fast+model.embedding=TrigramHash+model.embedding.inner=BigramHash+model.embedding.inner.inner.normalise=true
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
-  fast+model.mixers.0.paired=true+model.mixers.2.paired=true
-  fast+model.mixers.0.exclusive_self=true+model.mixers.1.exclusive_self=true+model.mixers.2.exclusive_self=true+model.mixers.3.exclusive_self=true
-  fast+model.mixers.0.gate=true+model.mixers.1.gate=true+model.mixers.2.gate=true+model.mixers.3.gate=true+model.mixers.4.gate=true
+  fast+model.head.softcap=null+model.head.rescale=Rescale
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card

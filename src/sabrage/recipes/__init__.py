@@ -8,6 +8,7 @@ from sabrage.recipe import Recipe
 from sabrage.recipes.architecture import architecture
 from sabrage.recipes.attention import attention
 from sabrage.recipes.base import base, base_adamw, muon
+from sabrage.recipes.blends import blends
 from sabrage.recipes.demo import demo
 from sabrage.recipes.experts import experts
 from sabrage.recipes.fast import fast, fast_24gb, fast_min
@@ -29,6 +30,7 @@ GROUPS = (
     latent,
     architecture,
     growth,
+    blends,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for group in GROUPS for recipe in group}
 

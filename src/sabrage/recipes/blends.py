@@ -1,0 +1,16 @@
+"""Blends on the study base: the same network, and another last validation."""
+
+from dataclasses import replace
+
+from sabrage.blend.blend import Blend
+from sabrage.recipes.base import base
+
+blends = (
+    replace(base, name="blend", summary="base with counts and a cache mixed in at the end", blend=Blend()),
+    replace(
+        base,
+        name="blend-counts",
+        summary="base with counts of the training text and of the row so far mixed in at the end",
+        blend=Blend(seen=False, cache=()),
+    ),
+)
