@@ -49,6 +49,7 @@ changes=(
   'fast+optim.0.optimizer.stacks=[["qkv",9]]'
   fast+optim.3.optimizer.lr=0.02
   "fast+$sharper"
+  fast+model.last=Copying
   fast+model.layers=11
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
   fast+model.head.softcap=null+model.head.rescale=Rescale

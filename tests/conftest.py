@@ -15,10 +15,12 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_logreport(report):
-    """Names a failure at once: the list comes last, and a run that is cut off never gets there."""
+    """Names a failure and its reason at once: the list comes last, and a run that is cut off never gets there."""
     # Only the process that prints; xdist's workers report to it.
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"\nFAILED {report.nodeid} ({report.when})", file=sys.__stderr__, flush=True)
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = f": {crash.message[:300]}" if crash else ""
+        print(f"\nFAILED {report.nodeid} ({report.when}){reason}", file=sys.__stderr__, flush=True)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ TINY = {
     "window": 24,
     "block": 16,
     "kv_rank": 24,
+    "head_width": 32,
     "rows": 500,
     "period": 1,
     "tables": 1,

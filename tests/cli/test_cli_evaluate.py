@@ -100,3 +100,31 @@ def test_a_change_that_needs_other_weights_is_refused(score, capsys):
     score()
     assert main(["eval", "run", "--device", "cpu", "--set", "model.dim=64"]) == 1
     assert "sabrage: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def blended(tiny_options, tmp_path, monkeypatch, one_thread, capsys):
+    """What result.json says of a run with a blend."""
+    monkeypatch.chdir(tmp_path)
+    blend = '{"part": "Blend", "held_out": 1500, "steps": 60, "batch": 256}'
+    assert main(["train", "demo", *tiny_options, "--set", f"blend={blend}", "--out", "run"]) == 0
+    capsys.readouterr()
+    return json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_a_run_with_a_blend_is_scored_with_it_and_without(blended, tmp_path, capsys):
+    assert main(["eval", "run", "--device", "cpu"]) == 0
+    alone, mixed = (float(found) for found in re.findall(r"(\d\.\d{5}) nats", capsys.readouterr().out))
+    assert alone == pytest.approx(blended["network_loss"], abs=2e-5)
+    assert mixed == pytest.approx(blended["validation_loss"], abs=2e-5)
+    (tmp_path / "run" / "blend.safetensors").unlink()
+    assert main(["eval", "run", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "the network alone" in told
+    assert f"{alone:.5f}" in told
+
+
+def test_a_damaged_blend_names_the_remedy(blended, tmp_path, capsys):
+    (tmp_path / "run" / "blend.safetensors").write_bytes(b"\x00" * 9)
+    assert main(["eval", "run", "--device", "cpu"]) != 0
+    assert "remove it to score the network" in capsys.readouterr().err

@@ -66,6 +66,7 @@ VARIANTS = {
             "scale=0.4",
         )
     ],
+    "copying": ["model.last=Copying", "model.last.head_width=16"],
     "fused": ["model.head=FusedHead", "model.wiring=FusedResidual", "model.head.softcap=15"],
 }
 

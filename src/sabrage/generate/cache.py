@@ -15,6 +15,7 @@ def streams_of(spec: ModelSpec, layer: int) -> dict[str, int]:
     parts = [spec.mixer(layer).streams(spec.dim), spec.feedforward(layer).streams(spec.dim)]
     if layer == 0:
         parts.append(spec.embedding.streams(spec.dim))
+        parts += [spec.last.streams(spec.dim)] if spec.last else []
     pairs = [pair for streams in parts for pair in streams.items()]
     assert len(dict(pairs)) == len(pairs), f"layer {layer}: two of its parts share a stream's name"
     return dict(pairs)

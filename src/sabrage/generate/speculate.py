@@ -64,6 +64,8 @@ def load_drafter(
         raise ConfigError(
             f"speculation needs an embedding of single tokens, and {name} looks back; decode plainly"
         )
+    if spec.last:
+        raise ConfigError("speculation knows no model.last; decode plainly, or train with model.last=null")
     module = objective.build(dim=spec.dim, vocab_size=spec.vocab_size)
     load_newest(module, "objective", checkpoints, warn=warn)
     mixers, feedforwards = zip(*blocks, strict=True)

@@ -48,6 +48,7 @@ def flops_per_token(
     layers = active_layers(spec.layers, spec.layers if active is None else active)
     forward = sum(spec.mixer(layer).flops(spec.dim, sequence_length) for layer in layers)
     forward += sum(spec.feedforward(layer).flops(spec.dim) for layer in layers)
+    forward += spec.last.flops(spec.dim, sequence_length) if spec.last else 0
     head = spec.head.flops(spec.dim, spec.vocab_size)
     extra = objective.flops(spec.dim, sequence_length, head) if objective else 0
     return 3 * (forward + head + extra)

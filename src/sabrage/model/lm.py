@@ -19,7 +19,8 @@ class ModelSpec(Part):
 
     `mixers` and `feedforwards` are repeating per-layer patterns: layer l takes item l modulo their length.
     With `narrow_stream` the residual stream has the format of the products, where autocast has one narrower
-    than fp32: half the traffic of norms, residuals and skips.
+    than fp32: half the traffic of norms, residuals and skips. What a `last` mixer makes of the normalised
+    states h is added to them before the head: h + last(h).
     """
 
     layers: int
@@ -31,6 +32,7 @@ class ModelSpec(Part):
     wiring: Wiring
     head: Head
     narrow_stream: bool = False
+    last: Mixer | None = None
 
     def problems(self) -> list[str]:
         found = [
@@ -64,6 +66,8 @@ class ModelSpec(Part):
             for index, part in enumerate(getattr(self, name))
         ]
         parts += [("embedding", self.embedding, ends), ("head", self.head, ends)]
+        if self.last:
+            parts.append(("last", self.last, {"dim": self.dim, "layer": 0}))
         parts += [("wiring", self.wiring, ends | {"num_layers": self.layers})]
         found = []
         for name, part, size in parts:
@@ -116,6 +120,8 @@ class LM(nn.Module):
             for layer in range(spec.layers)
         )
         self.wiring = spec.wiring.build(dim=spec.dim, num_layers=spec.layers, vocab_size=spec.vocab_size)
+        # What it caches goes with layer 0, as what the embedding caches.
+        self.last = spec.last.build(dim=spec.dim, layer=0) if spec.last else None
         # A tied head brings no weight of its own, so none is drawn for it.
         with torch.device("meta") if spec.head.tied else nullcontext():
             self.head = spec.head.build(dim=spec.dim, vocab_size=spec.vocab_size)
@@ -132,7 +138,11 @@ class LM(nn.Module):
         x_BTD = self.embedding(tokens_BT, context)
         if self.spec.narrow_stream and torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        return self.wiring(x_BTD, with_idle(self.blocks, context), context)
+        h_BTD = self.wiring(x_BTD, with_idle(self.blocks, context), context)
+        if self.last is None:
+            return h_BTD
+        context.head_VD = self.head.weight
+        return h_BTD + self.last(h_BTD, context)
 
     def logits(self, tokens_BT: Tensor, context: Context | None = None) -> Tensor:
         """Next-token logits at every position, (B, T, V)."""

@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.context import Context
-from sabrage.hashing import GOLDEN, salts, scramble, signed_row
+from sabrage.hashing import DIGIT, GOLDEN, digits, number, salts, scramble, signed_row
 from sabrage.linear import GATE_WIDTH
 from sabrage.model.ends import TokenTable
 from sabrage.parts import Embedding
-
-# Tokens are cached as two digits of this many values.
-DIGIT = 256
 
 
 def one_back(x_BTX: Tensor, context: Context, *, stream: str) -> Tensor:
@@ -183,14 +180,3 @@ class TrigramEmbedding(HashedEmbedding):
         third_BT2 = one_back(second_BT2, context, stream="third")
         pair_BT = number(second_BT2) * DIGIT**2 + tokens_BT
         return scramble(pair_BT + GOLDEN * number(third_BT2))
-
-
-def digits(tokens_BT: Tensor) -> Tensor:
-    """(B, T, 2): two digits are exact in a cache of any format, and no token is 0."""
-    return torch.stack(((tokens_BT + 1) // DIGIT, (tokens_BT + 1) % DIGIT), -1).float()
-
-
-def number(digits_BT2: Tensor) -> Tensor:
-    """The number with these digits: one more than a token, and 0 where there is none."""
-    whole_BT2 = digits_BT2.long()
-    return whole_BT2[..., 0] * DIGIT + whole_BT2[..., 1]

@@ -7,6 +7,7 @@ to be read beside it.
 from dataclasses import replace
 from typing import Any
 
+from sabrage.attention.copying import Copying
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import Alibi, RelativeBias, SoftCap
 from sabrage.optim.adamw import AdamW
@@ -49,5 +50,12 @@ attention = (
         "partial-rotary with the other half of each key from the token before",
         rotary=HALF,
         key_offset=True,
+    ),
+    variant(
+        "copying",
+        "base with attention after the last layer whose values are the head's rows",
+        OptimizerGroup(pattern=r"last\.(query|key)", optimizer=base.optim[0].optimizer),
+        OptimizerGroup(pattern=r"last\.", optimizer=AdamW(lr=0.005, weight_decay=0.0)),
+        last=Copying(head_width=64),
     ),
 )
