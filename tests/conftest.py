@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_runtest_logreport(report):
-    """Names a failure and its reason at once: the list comes last, and a run that is cut off never gets there."""
+    """Names a failure and its reason at once: a run that is cut off never gets to the list at its end."""
     # Only the process that prints; xdist's workers report to it.
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         crash = getattr(report.longrepr, "reprcrash", None)

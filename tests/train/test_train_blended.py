@@ -56,15 +56,38 @@ def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeyp
     counted, fitted = [], []
     monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
     monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
-    blended.blend(blending, evaluator, corpus, 12)
+    blended.blend(blending, evaluator, corpus, 12, say=print)
     stream = corpus.train.shards[0].astype(np.int64)
     assert np.array_equal(counted[0].numpy(), stream[: 12 * 128])
     assert np.array_equal(fitted[0], stream[12 * 128 : 12 * 128 + 1501])
 
 
+def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
+    corpus, evaluator = parts
+    counted = []
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128 + 5))
+    blended.counted(recipe, evaluator, corpus, 12)
+    assert np.array_equal(counted[0].numpy(), corpus.train.shards[0][9 * 128 : 12 * 128].astype(np.int64))
+
+
+def test_a_run_out_of_memory_at_its_end_is_not_lost(run_recipe, monkeypatch, blending, capsys):
+    def large(text_N, size):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(blended, "Grams", large)
+    outcome, run = run_recipe(blending)
+    assert outcome.ending == "done"
+    assert "network_loss" not in run.result
+    assert run.result["validation_loss"] == outcome.validation_loss
+    assert "out of memory in blending" in capsys.readouterr().out
+    assert not (run.path / blended.FILE).exists()
+    assert list((run.path / "checkpoints").iterdir())
+
+
 def test_every_target_is_scored_once_with_and_without_a_gate(blending, parts):
     corpus, evaluator = parts
-    made = blended.blend(blending, evaluator, corpus, 12)
+    made = blended.blend(blending, evaluator, corpus, 12, say=print)
     _, alone = made.losses()
     assert alone == pytest.approx(evaluator(), abs=1e-5)
     assert sum(map(len, made.evidence())) == blending.budget.evaluation_tokens
@@ -79,13 +102,13 @@ NONE = {"text_orders": 0, "document_orders": 0, "seen": False, "cache": ()}
 def test_each_kind_of_expert_helps_alone(blending, parts, alone):
     corpus, evaluator = parts
     recipe = replace(blending, blend=replace(SMALL, **NONE | alone))
-    mixed, network = blended.blend(recipe, evaluator, corpus, 12).losses()
+    mixed, network = blended.blend(recipe, evaluator, corpus, 12, say=print).losses()
     assert mixed < network
 
 
 def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts):
     corpus, evaluator = parts
-    made = blended.blend(blending, evaluator, corpus, 12)
+    made = blended.blend(blending, evaluator, corpus, 12, say=print)
     blended.save(tmp_path, made, step=12)
     assert [path.name for path in tmp_path.iterdir()] == [blended.FILE]
     again = blended.load(tmp_path, blending, evaluator, corpus, step=12)
@@ -102,7 +125,7 @@ def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts):
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, blending, parts):
     corpus, evaluator = parts
-    made = blended.blend(blending, evaluator, corpus, 12)
+    made = blended.blend(blending, evaluator, corpus, 12, say=print)
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -153,7 +176,7 @@ def test_the_gpu_says_what_the_cpu_says(blending):
         world = World(torch.device(device))
         learner = build_learner(blending, world)
         evaluator = make_evaluator(blending, learner.model, world, corpus, micro_tokens=128)
-        made = blended.blend(blending, evaluator, corpus, 12)
+        made = blended.blend(blending, evaluator, corpus, 12, say=print)
         found.append(made.losses())
         pieces = list(made.evidence())
         found.append(torch.cat([piece.known_NE for piece in pieces]).cpu())

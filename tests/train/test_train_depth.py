@@ -15,7 +15,8 @@ from sabrage.precision.autocast import Bf16
 from sabrage.run.clocks import Clocks
 from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import RunFolder
-from sabrage.train.loop import allow_graphs, make_loader
+from sabrage.train.compiling import allow_graphs
+from sabrage.train.loop import make_loader
 from sabrage.train.recorder import Recorder
 from sabrage.train.warmup import warm_up
 from sabrage.train.world import World

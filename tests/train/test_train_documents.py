@@ -14,7 +14,8 @@ from sabrage.config import override
 from sabrage.data.shards import write_shard
 from sabrage.parts import Batch, Mixer
 from sabrage.plan import Stages
-from sabrage.train.loop import allow_graphs, make_loader, micro_batch_tokens
+from sabrage.train.compiling import allow_graphs
+from sabrage.train.loop import make_loader, micro_batch_tokens
 from sabrage.train.warmup import warm_up
 
 END = 256

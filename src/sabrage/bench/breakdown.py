@@ -29,7 +29,7 @@ from sabrage.config import ConfigError
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
 from sabrage.run.device import DeviceFacts, probe
-from sabrage.train.loop import use_compile_cache
+from sabrage.train.compiling import use_compile_cache
 
 COLUMNS: list[Column] = [
     {"key": "recipe", "title": "recipe"},

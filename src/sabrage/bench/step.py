@@ -20,7 +20,7 @@ from sabrage.bench.trial import Trial, asked, ready, rows_of
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
 from sabrage.run.device import DeviceFacts, probe
-from sabrage.train.loop import use_compile_cache
+from sabrage.train.compiling import use_compile_cache
 
 COLUMNS: list[Column] = [
     {"key": "recipe", "title": "recipe"},

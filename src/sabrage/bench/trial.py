@@ -20,7 +20,8 @@ from sabrage.parts import Batch, Knobs
 from sabrage.recipe import Recipe
 from sabrage.recipes import changed, written
 from sabrage.run.device import DeviceFacts
-from sabrage.train.loop import allow_graphs, build_learner, micro_batch_tokens
+from sabrage.train.compiling import allow_graphs
+from sabrage.train.loop import build_learner, micro_batch_tokens
 from sabrage.train.session import Session
 from sabrage.train.step import Learner, TrainStep
 from sabrage.train.warmup import made_up, warm_up

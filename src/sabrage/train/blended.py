@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,26 +103,37 @@ class Blended:
 
 
 def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
-    """The blend without a gate: the first `blocks` blocks of the training stream are counted."""
+    """The blend without a gate: of the first `blocks` blocks of the stream the newest are counted."""
     assert recipe.blend is not None
     grams, device = None, evaluator.world.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if recipe.blend.text_orders:
-        text = stretch(corpus, 0, blocks)[:-1]
+        most = max(recipe.blend.text_tokens // corpus.train.block_tokens, 1)
+        text = stretch(corpus, max(blocks - most, 0), min(blocks, most))[:-1]
         grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
     return Blended(recipe.blend, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
 
 
-def blend(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
-    """The blend of a network that was trained on the first `blocks` blocks of the stream."""
-    made, device = counted(recipe, evaluator, corpus, blocks), evaluator.world.device
-    wanted = made.part.held_out
-    after = stretch(corpus, blocks, -(-wanted // corpus.train.block_tokens))
-    made.fit(after[: wanted + 1], recipe.budget.seed)
-    if device.type == "cuda":
-        # The caller's clock is to see the end of it.
-        torch.cuda.synchronize(device)
+def blend(
+    recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int, *, say: Callable[[str], None]
+) -> Blended | None:
+    """The blend of a network that was trained on the first `blocks` blocks of the stream.
+
+    None, with a sentence, where the device's memory does not last: the run is not lost with it.
+    """
+    device = evaluator.world.device
+    try:
+        made = counted(recipe, evaluator, corpus, blocks)
+        wanted = made.part.held_out
+        after = stretch(corpus, blocks, -(-wanted // corpus.train.block_tokens))
+        made.fit(after[: wanted + 1], recipe.budget.seed)
+        if device.type == "cuda":
+            # The caller's clock is to see the end of it.
+            torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        say("out of memory in blending; this is the network alone (next time: --set blend.text_tokens=...)")
+        return None
     return made
 
 

@@ -1,7 +1,6 @@
 """The training loop, in the order in which things happen. Read model/lm.py first."""
 
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sabrage.config import ConfigError, resolve
-from sabrage.data.embedded import cache_folder
 from sabrage.data.stream import Loader
 from sabrage.model.counts import memory_estimate
 from sabrage.model.lm import LM, build_model
@@ -20,6 +18,7 @@ from sabrage.run.clocks import Clocks
 from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import RunFolder
 from sabrage.train.blended import blend, check_room
+from sabrage.train.compiling import allow_graphs, use_compile_cache
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.examined import examined
 from sabrage.train.interrupt import Interruption
@@ -165,9 +164,11 @@ def validate(
 ) -> None:
     """Scores the validation split; after the last step with the recipe's blend, if it has one."""
     shape, last = recipe.evaluation_shape(session.step), session.step == recipe.plan.steps
+    blended = None
     if last and recipe.blend:
         with clocks.phase("train"):
-            blended = blend(recipe, evaluator, corpus, session.block)
+            blended = blend(recipe, evaluator, corpus, session.block, say=recorder.message)
+    if blended:
         with clocks.phase("validation"):
             loss, network_loss = blended.losses()
         recorder.validated(session.step, loss, network_loss)
@@ -284,16 +285,3 @@ def micro_batch_tokens(recipe: Recipe, facts: DeviceFacts, *, size: int) -> int:
     while tokens > length and memory_estimate(recipe.model, tokens, objective=objective, wide=wide) > room:
         tokens //= 2
     return max(tokens, length)
-
-
-def use_compile_cache(wanted: bool) -> None:
-    """Keeps compiled graphs between runs, in the cache folder unless torch's own variable names another."""
-    if wanted:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
-
-
-def allow_graphs(recipe: Recipe) -> None:
-    """Lets torch keep a graph for every stage of the plan; beyond its own limit it refuses the next one."""
-    wanted = len(recipe.plan.stages()) + len(recipe.evaluation_shapes())
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, wanted)
