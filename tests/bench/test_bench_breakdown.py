@@ -124,6 +124,13 @@ def test_layers_that_are_given_other_things_are_other_pieces(one_thread):
     )
 
 
+def test_a_mixer_after_the_last_layer_is_a_mixer(one_thread):
+    trial, pieces, micro_batches = listened(shrink(find("copying")))
+    mixers = [piece for piece in pieces if piece.kind == "mixer"]
+    assert [(piece.count, piece.context["head_VD"] is None) for piece in mixers] == [(2, True), (1, False)]
+    assert regions.spent(trial, pieces, micro_batches)["attention"] > 0
+
+
 def test_attention_that_goes_another_way_has_no_number(tiny, one_thread, monkeypatch):
     monkeypatch.setattr(multi_head, "attend", lambda q, k, v, context, **options: v)
     trial, pieces, micro_batches = listened(tiny)
@@ -135,6 +142,7 @@ def test_what_a_context_collects_is_not_given_to_a_piece():
     context.add_loss("term", torch.ones(()))
     held = regions.given(context)
     names = {"positions_BT", "documents_BT", "window", "layers", "tokens_BT", "pairs_BT", "values_BTD"}
+    names.add("head_VD")
     assert held.keys() == names
     assert held["values_BTD"].requires_grad
     assert not held["tokens_BT"].requires_grad

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,8 @@ def listen(trial: Trial, knobs: Knobs) -> tuple[list[Piece], int]:
     for layer, block in enumerate(blocks):
         watched.append(("mixer", spec.mixer(layer), block.mixer))
         watched.append(("feedforward", spec.feedforward(layer), block.feedforward))
+    if spec.last:
+        watched.append(("mixer", spec.last, cast(nn.Module, model.last)))
     with ExitStack() as stack:
         stack.enter_context(listener.listening())
         for kind, part, module in watched:
