@@ -40,6 +40,10 @@ late='plan.lr={"part":"Staged","inner":{"part":"Trapezoid","warmup":30,"warmdown
 late+='"factors":[1,1.3,1.5],"starts":[0,540,810]}'
 sharper='model.mixers.0.scale=0.12'
 for layer in 1 2 3 4; do sharper+="+model.mixers.$layer.scale=0.12"; done
+near=model.mixers.0.rotary.share=0.5
+for layer in 1 2 3; do near+="+model.mixers.$layer.rotary.share=0.5"; done
+slower=model.mixers.0.rotary.base=1048576
+for layer in 1 2 3 4; do slower+="+model.mixers.$layer.rotary.base=1048576"; done
 changes=(
   "fast+plan.tokens_per_step.values=[65536,131072,262144]+plan.tokens_per_step.starts=[0,540,810]+plan.steps=1080+$late"
   fast+optim.0.optimizer.lr=0.018
@@ -49,6 +53,8 @@ changes=(
   'fast+optim.0.optimizer.stacks=[["qkv",9]]'
   fast+optim.3.optimizer.lr=0.02
   "fast+$sharper"
+  "fast+$near+$slower"
+  fast+model.mixers.4.rotary.base=1048576
   fast+model.last=Copying
   fast+model.layers=11
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true

@@ -6,6 +6,7 @@ import pytest
 import torch
 from contracts import LENGTH, build, draw_tokens, shrink
 
+from sabrage.attention.copying import Copying
 from sabrage.context import Context
 from sabrage.model.ends import LinearHead, Rescale, TokenTable
 from sabrage.model.lm import LM
@@ -70,6 +71,7 @@ def everything():
             inner=Skipping(skips=(LayerSkips(), SkipScales(), DenseSkips(dynamic=True))), tables=1, gates=2
         ),
         head=LinearHead(tied=False, rescale=Rescale()),
+        last=Copying(head_width=32),
     )
     model = build(spec).train()
     tokens_BT = draw_tokens(model, rows=1)
