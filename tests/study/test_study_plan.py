@@ -178,6 +178,15 @@ def test_an_ablation_leaves_out_each_trick_alone():
     assert skipped["without MultiHead.window_share"] == "the same as 'without model.mixers.0'"
 
 
+def test_a_blend_and_a_last_mixer_are_left_out_alone():
+    text = "base+blend=Blend+model.last=Copying+model.last.head_width=64"
+    made = {variant.name: variant.make() for variant in ablation(text, "base", alone=True)[0]}
+    assert made["without blend"].blend is None
+    assert made["without blend"].model.last is not None
+    assert made["without model.last"].model.last is None
+    assert made["without model.last"].blend is not None
+
+
 def test_a_trick_of_many_layers_is_left_out_of_all():
     mixers = [{"part": "MultiHead", "heads": 12, "window": window} for window in (64, 128)]
     grown = f"base+model.mixers={json.dumps(mixers)}+model.head.softcap=15"
