@@ -56,6 +56,7 @@ changes=(
   "fast+$near+$slower"
   fast+model.mixers.4.rotary.base=1048576
   fast+model.last=Copying
+  'fast+model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"},{"part":"PairSkips"}]'
   fast+model.layers=11
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
   fast+model.head.softcap=null+model.head.rescale=Rescale

@@ -105,7 +105,7 @@ class Wiring(Part, ABC):
         return False
 
     def takes_pairs(self) -> bool:
-        """Whether it reads `Context.pairs_BT`."""
+        """Whether it reads `Context.pairs_BT` or `pair_BTD`."""
         return False
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Embedding(Part, ABC):
         return {}
 
     def gives_pairs(self) -> bool:
-        """Whether it sets `Context.pairs_BT`."""
+        """Whether it sets `Context.pairs_BT` and `pair_BTD`."""
         return False
 
 

@@ -142,7 +142,7 @@ def test_what_a_context_collects_is_not_given_to_a_piece():
     context.add_loss("term", torch.ones(()))
     held = regions.given(context)
     names = {"positions_BT", "documents_BT", "window", "layers", "tokens_BT", "pairs_BT", "values_BTD"}
-    names.add("head_VD")
+    names |= {"pair_BTD", "head_VD"}
     assert held.keys() == names
     assert held["values_BTD"].requires_grad
     assert not held["tokens_BT"].requires_grad

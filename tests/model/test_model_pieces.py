@@ -195,5 +195,5 @@ def test_no_skip_of_the_fast_recipe_widens_a_narrow_stream():
     x_BTD = draw(1, 5, 16).bfloat16()
     states = [x_BTD]
     for _ in range(4):
-        assert wiring.read(states).dtype == torch.bfloat16
+        assert wiring.read(states, Context()).dtype == torch.bfloat16
         states.append(x_BTD)

@@ -51,7 +51,8 @@ def test_every_parameter_of_a_recipe_learns_in_its_first_step_or_opens_what_does
     tokens_BT = draw_tokens(model)
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if key.startswith("blocks"):
+            # A table at zero opens what its rows are multiplied by.
+            if key.startswith("blocks") or "pairs" in key:
                 weight += 0.1 * torch.randn(weight.shape)
     # A head at zero sends nothing back until its first step is done.
     if recipe.model.head.zero_init:

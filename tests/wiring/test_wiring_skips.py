@@ -9,10 +9,12 @@ from contracts import CONTRACT, build, draw_tokens, shrink
 
 from sabrage.context import Context
 from sabrage.model.lm import build_model
+from sabrage.model.previous import BigramHash
 from sabrage.norms import rms_norm
 from sabrage.recipes import find
 from sabrage.wiring.dense_skips import DenseSkips
 from sabrage.wiring.layer_skips import LayerSkips
+from sabrage.wiring.pair_skips import PairSkips
 from sabrage.wiring.residual import Residual
 from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skipping
@@ -70,7 +72,7 @@ class Recorder(torch.nn.Module):
         return torch.zeros_like(x_BTD)
 
 
-def reads(skip, *, layers=4):
+def reads(skip, *, layers=4, context=None):
     """(module, what each reader read, s_0 and the states after each layer)"""
     torch.manual_seed(0)
     stream = Skipping(skips=(skip,)).build(dim=16, num_layers=layers, vocab_size=5)
@@ -79,9 +81,9 @@ def reads(skip, *, layers=4):
             weight += torch.randn(weight.shape)
     blocks, seen, states = [Recorder(index) for index in range(layers)], [], []
     read = stream.read
-    stream.read = lambda given: seen.append(read(given)) or seen[-1]
+    stream.read = lambda given, context: seen.append(read(given, context)) or seen[-1]
     x_BTD = torch.randn(2, 3, 16)
-    out = stream(x_BTD, blocks, Context())
+    out = stream(x_BTD, blocks, context or Context())
     states = [x_BTD, *(seen[index] + block.added for index, block in enumerate(blocks))]
     for block, read_BTD in zip(blocks, seen, strict=False):
         torch.testing.assert_close(block.read, rms_norm(read_BTD))
@@ -95,6 +97,31 @@ def test_scales_are_their_formula_and_the_head_reads_the_last_state():
         expected = module.residual_L[layer] * states[layer] + module.embedding_L[layer] * states[0]
         torch.testing.assert_close(seen[layer], expected)
     assert torch.equal(seen[4], states[4])
+
+
+def test_pairs_are_added_to_what_the_inner_layers_read():
+    pair_BTD = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(9))
+    module, seen, states = reads(PairSkips(start=0.3), context=Context(pair_BTD=pair_BTD))
+    for reader in range(5):
+        expected = states[reader]
+        if 0 < reader < 4:
+            gate_BT1 = 2 * torch.sigmoid(states[0][..., :12] @ module.gates_LD[reader])[..., None]
+            expected = expected + module.scales_L[reader] * gate_BT1 * pair_BTD
+        torch.testing.assert_close(seen[reader], expected)
+
+
+def test_pairs_in_every_layer_need_an_embedding_that_has_them_and_start_as_nothing():
+    skipping = Skipping(residual=DEPTH, skips=(PairSkips(),))
+    assert any("hashes none" in problem for problem in spec(skipping).problems())
+    hashed = replace(spec(skipping), embedding=BigramHash(rows=50))
+    model = build_model(hashed, seed=0)
+    plain = build_model(replace(hashed, wiring=DEPTH), seed=0)
+    tokens_BT = draw_tokens(plain)
+    assert torch.equal(model(tokens_BT), plain(tokens_BT))
+    with torch.no_grad():
+        for each in (model, plain):
+            each.embedding.pairs_RD.normal_(generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(model(tokens_BT), plain(tokens_BT))
 
 
 @pytest.mark.parametrize(

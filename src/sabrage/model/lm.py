@@ -137,7 +137,9 @@ class LM(nn.Module):
         context.tokens_BT = tokens_BT
         x_BTD = self.embedding(tokens_BT, context)
         if self.spec.narrow_stream and torch.is_autocast_enabled(x_BTD.device.type):
-            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
+            dtype = torch.get_autocast_dtype(x_BTD.device.type)
+            x_BTD = x_BTD.to(dtype)
+            context.pair_BTD = None if context.pair_BTD is None else context.pair_BTD.to(dtype)
         h_BTD = self.wiring(x_BTD, with_idle(self.blocks, context), context)
         if self.last is None:
             return h_BTD

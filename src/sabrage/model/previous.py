@@ -134,7 +134,12 @@ class HashedEmbedding(Wrapped):
     def forward(self, tokens_BT: Tensor, context: Context) -> Tensor:
         x_BTD = self.inner(tokens_BT, context)
         row_BTX = signed_row(self.hashed(tokens_BT, context), getattr(self, self.table), self.salts_D)
-        return x_BTD + F.pad(row_BTX, (0, x_BTD.shape[-1] - row_BTX.shape[-1]))
+        row_BTD = F.pad(row_BTX, (0, x_BTD.shape[-1] - row_BTX.shape[-1]))
+        self.told(row_BTD, context)
+        return x_BTD + row_BTD
+
+    def told(self, row_BTD: Tensor, context: Context) -> None:
+        """What others than the first layer may know of the rows."""
 
     def hashed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         """(B, T) int64."""
@@ -145,6 +150,9 @@ class BigramEmbedding(HashedEmbedding):
     """The module of `BigramHash`."""
 
     table = "pairs_RD"
+
+    def told(self, row_BTD: Tensor, context: Context) -> None:
+        context.pair_BTD = row_BTD
 
     def hashed(self, tokens_BT: Tensor, context: Context) -> Tensor:
         before_BT2 = one_back(digits(tokens_BT), context, stream="token")

@@ -14,6 +14,7 @@ from sabrage.parts import OptimizerGroup
 from sabrage.recipes.base import base, variant
 from sabrage.wiring.dense_skips import DenseSkips
 from sabrage.wiring.layer_skips import LayerSkips
+from sabrage.wiring.pair_skips import PairSkips
 from sabrage.wiring.residual import Residual
 from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skip, Skipping
@@ -78,6 +79,14 @@ architecture = (
     ),
     variant("smear", "base with a gated share of the token before", SCALARS, embedding=Smear()),
     variant("bigram", "base with a hashed table of token pairs", PAIRS, embedding=BigramHash()),
+    variant(
+        "bigram-layers",
+        "base with a hashed table of token pairs that every layer reads",
+        PAIRS,
+        SCALARS,
+        embedding=BigramHash(),
+        wiring=_skips(PairSkips()),
+    ),
     variant(
         "trigram",
         "base with hashed tables of token pairs and triples",

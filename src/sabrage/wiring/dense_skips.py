@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.norms import rms_norm
 from sabrage.wiring.skips import Skip
 
@@ -57,7 +58,7 @@ class DenseSkips(Skip):
 
 
 class WeightedStates(nn.Module):
-    """The module of `DenseSkips`: forward(x_BTD, states) -> x_BTD."""
+    """The module of `DenseSkips`: forward(x_BTD, states, context) -> x_BTD."""
 
     def __init__(self, part: DenseSkips, *, dim: int, num_layers: int) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class WeightedStates(nn.Module):
             up = {reader: torch.zeros(count, count) for reader, count in counts.items()}
             self.down, self.up = nn.ParameterDict(down), nn.ParameterDict(up)
 
-    def forward(self, x_BTD: Tensor, states: list[Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, states: list[Tensor], context: Context) -> Tensor:
         reader = len(states) - 1
         if reader not in self.sources:
             return x_BTD

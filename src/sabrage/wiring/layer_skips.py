@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.linear import GATE_WIDTH
 from sabrage.wiring.skips import Skip
 
@@ -50,7 +51,7 @@ class LayerSkips(Skip):
 
 
 class GatedSkips(nn.Module):
-    """The module of `LayerSkips`: forward(x_BTD, states) -> x_BTD."""
+    """The module of `LayerSkips`: forward(x_BTD, states, context) -> x_BTD."""
 
     def __init__(self, part: LayerSkips, *, dim: int, num_layers: int) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class GatedSkips(nn.Module):
         self.scales_P = nn.Parameter(torch.full((len(self.sources),), part.start))
         self.gates_PD = nn.Parameter(torch.zeros(len(self.sources), min(GATE_WIDTH, dim)))
 
-    def forward(self, x_BTD: Tensor, states: list[Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, states: list[Tensor], context: Context) -> Tensor:
         reader = len(states) - 1
         if reader not in self.sources:
             return x_BTD

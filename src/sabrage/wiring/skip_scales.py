@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sabrage.context import Context
 from sabrage.wiring.skips import Skip
 
 
@@ -23,14 +24,14 @@ class SkipScales(Skip):
 
 
 class Scales(nn.Module):
-    """The module of `SkipScales`: forward(x_BTD, states) -> x_BTD."""
+    """The module of `SkipScales`: forward(x_BTD, states, context) -> x_BTD."""
 
     def __init__(self, part: SkipScales, *, num_layers: int) -> None:
         super().__init__()
         self.residual_L = nn.Parameter(torch.full((num_layers,), part.residual))
         self.embedding_L = nn.Parameter(torch.full((num_layers,), part.embedding))
 
-    def forward(self, x_BTD: Tensor, states: list[Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, states: list[Tensor], context: Context) -> Tensor:
         layer = len(states) - 1
         if layer == len(self.residual_L):
             return x_BTD

@@ -22,12 +22,16 @@ from sabrage.wiring.residual import Residual
 class Skip(Part, ABC):
     """What a reader gets beside the newest state.
 
-    The module's `forward(x_BTD, states) -> x_BTD`: `states` are those so far, as many as the reader's index
-    and one more, x the newest of them or what the skip before has made of it.
+    The module's `forward(x_BTD, states, context) -> x_BTD`: `states` are those so far, as many as the
+    reader's index and one more, x the newest of them or what the skip before has made of it.
     """
 
     @abstractmethod
     def build(self, *, dim: int, num_layers: int) -> nn.Module: ...
+
+    def takes_pairs(self) -> bool:
+        """Whether it reads what the context has of pairs of tokens."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class Skipping(Wiring):
 
     residual: Residual = field(default_factory=Residual)
     skips: tuple[Skip, ...] = ()
+
+    def takes_pairs(self) -> bool:
+        return any(skip.takes_pairs() for skip in self.skips)
 
     def build(self, *, dim: int, num_layers: int, vocab_size: int) -> nn.Module:
         return SkippingStream(self, dim=dim, num_layers=num_layers, vocab_size=vocab_size)
@@ -52,12 +59,12 @@ class SkippingStream(nn.Module):
     def forward(self, x_BTD: Tensor, blocks: Iterable[Any], context: Context) -> Tensor:
         states = [x_BTD]
         for block in blocks:
-            states.append(self.residual.layer(self.read(states), block, context))
-        return rms_norm(self.read(states), eps=self.residual.eps)
+            states.append(self.residual.layer(self.read(states, context), block, context))
+        return rms_norm(self.read(states, context), eps=self.residual.eps)
 
-    def read(self, states: list[Tensor]) -> Tensor:
+    def read(self, states: list[Tensor], context: Context) -> Tensor:
         """What the next reader gets."""
         x_BTD = states[-1]
         for skip in self.skips:
-            x_BTD = skip(x_BTD, states)
+            x_BTD = skip(x_BTD, states, context)
         return x_BTD
