@@ -44,19 +44,23 @@ near=model.mixers.0.rotary.share=0.5
 for layer in 1 2 3; do near+="+model.mixers.$layer.rotary.share=0.5"; done
 slower=model.mixers.0.rotary.base=1048576
 for layer in 1 2 3 4; do slower+="+model.mixers.$layer.rotary.base=1048576"; done
+batches='plan.tokens_per_step.values=[65536,131072,262144]+plan.tokens_per_step.starts=[0,540,810]+plan.steps=1080'
+longer='optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
+pairs='model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"},{"part":"PairSkips"}]'
 changes=(
-  "fast+plan.tokens_per_step.values=[65536,131072,262144]+plan.tokens_per_step.starts=[0,540,810]+plan.steps=1080+$late"
+  "fast+$batches+$late"
   fast+optim.0.optimizer.lr=0.018
   fast+plan.lr.warmdown=1152
-  'fast+optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
-  'fast+optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9+optim.0.optimizer.lr_scale="longer"'
+  "fast+$longer"
+  "fast+$longer+optim.0.optimizer.lr_scale=longer"
   'fast+optim.0.optimizer.stacks=[["qkv",9]]'
   fast+optim.3.optimizer.lr=0.02
+  "fast+$batches+$late+$longer+$sharper+$pairs+model.last=Copying"
   "fast+$sharper"
   "fast+$near+$slower"
   fast+model.mixers.4.rotary.base=1048576
   fast+model.last=Copying
-  'fast+model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"},{"part":"PairSkips"}]'
+  "fast+$pairs"
   fast+model.layers=11
   fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
   fast+model.head.softcap=null+model.head.rescale=Rescale
