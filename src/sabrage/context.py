@@ -50,9 +50,8 @@ class Context:
     """What a part may know beside its input: absolute positions (None: 0 to T-1), documents, the cache.
 
     `tokens_BT` is what the model was given, `pairs_BT` a hash (int64) of each token and the one before where
-    the embedding makes one, `pair_BTD` the vector of that pair,
-    `values_BTD` what the mixer that is called adds to its values, `head_VD` the
-    head's table for the mixer that the model has last.
+    the embedding makes one and `pair_BTD` its vector of that pair, `values_BTD` what the mixer that is called
+    adds to its values, `head_VD` the head's table for the mixer that the model has last.
     `window` and `layers` are the plan's, as in `Knobs`; with a cache all layers are active. In training a
     part may add terms to the loss with `add_loss`, and numbers to the log with `note`.
     """
