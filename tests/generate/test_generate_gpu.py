@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-OPTIONS = ("attention-gate", "attention-scale", "exclusive-self", "paired-heads", "key-offset")
+OPTIONS = ("attention-gate", "attention-scale", "exclusive-self", "paired-heads", "key-offset", "copying")
 NAMES = [name for name in ("base", "gqa", "mla", *OPTIONS) if name in RECIPES]
 SAMPLINGS = [Sampling(temperature=0), Sampling(top_p=0.9, repetition_penalty=1.1), Sampling(temperature=0.7)]
 

@@ -96,8 +96,9 @@ class CopyingAttention(nn.Module):
         k_BSHK = offset_keys(k_BSK[:, :, None], context, turning=0)
         rows_BSD = nn.functional.embedding(copied_BS, context.head_VD.detach())
         v_BSHK = rms_norm(rows_BSD).to(q_BTK.dtype).unflatten(2, (-1, width))
-        heads = v_BSHK.shape[2]
-        q_BTHK = q_BTK[:, :, None].expand(-1, -1, heads, -1)
-        y_BTHK = attend(q_BTHK, k_BSHK.expand(-1, -1, heads, -1), v_BSHK, context, backend=self.part.backend)
+        # Every slice of the values attends by itself. Copies, since a fused kernel's gradients go by strides.
+        shape = -1, -1, v_BSHK.shape[2], -1
+        q_BTHK, k_BSHK = q_BTK[:, :, None].expand(shape).contiguous(), k_BSHK.expand(shape).contiguous()
+        y_BTHK = attend(q_BTHK, k_BSHK, v_BSHK, context, backend=self.part.backend)
         opened_BT1 = 2 * torch.sigmoid((h_BTD * self.gate_D).sum(2, keepdim=True))
         return (self.scale * opened_BT1).to(h_BTD.dtype) * y_BTHK.flatten(2).to(h_BTD.dtype)
