@@ -7,7 +7,6 @@ checkpoint gives way to the one before it.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sabrage.run.folder import sync_folder, write_json
+from sabrage.run.folder import sync_file, sync_folder, write_json
 from sabrage.run.log import encode
 
 TENSORS = "tensors.safetensors"
@@ -56,7 +55,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, An
             shutil.rmtree(leftover)
         temporary.mkdir()
         save_file(_portable(tensors), temporary / TENSORS)
-        _sync(temporary / TENSORS)
+        sync_file(temporary / TENSORS)
         body = {"step": step, "tensors": _fingerprint(temporary / TENSORS), "meta": meta}
         write_json(temporary / DESCRIPTION, {**body, "sha256": _digest(body)})
         place = _free_place(folder, name)
@@ -156,8 +155,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _digest(body: dict[str, Any]) -> str:
     # Through JSON once, so that tuples and keys look as they will when they are read back.
     return hashlib.sha256(json.dumps(json.loads(encode(body)), sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

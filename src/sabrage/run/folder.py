@@ -7,6 +7,8 @@ it ended. Everything but the log is written whole or not at all.
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,16 +23,27 @@ class RunError(ValueError):
 
 def write_json(path: Path, data: Any) -> None:
     """Writes `data` whole or not at all: a temporary file beside `path`, synced, then renamed."""
+    with whole(path) as temporary:
+        temporary.write_text(encode(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The place to write a file that appears at `path` when the block ends well, synced, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(encode(data, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the content of a file durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

@@ -1,7 +1,6 @@
 """The recipe's blend at the end of training: counts the text, fits the gate, scores the mixture."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
 from sabrage.config import ConfigError
+from sabrage.data.stream import sufficiency
 from sabrage.parts import Corpus
 from sabrage.recipe import Recipe
 from sabrage.run.checkpoint import CheckpointError
+from sabrage.run.folder import whole
 from sabrage.train.evaluate import Evaluator
 from sabrage.train.world import World
 
@@ -32,12 +33,12 @@ def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
         return
     if world.size > 1:
         raise ConfigError("a blend is fitted by one process; start without torchrun, or use blend=null")
-    has = corpus.train.blocks_per_epoch * corpus.train.block_tokens
     trained, wanted = recipe.plan.tokens(), recipe.blend.held_out
-    if trained + wanted + 1 > has:
+    enough = sufficiency(corpus.train, trained + wanted + 1)
+    if not enough.suffices:
         raise ConfigError(
             f"plan trains on {trained:,} tokens, blend.held_out={wanted:,} more are for its gate, and "
-            f"one pass over the data has {has:,}; use fewer plan.steps or blend=null"
+            f"one pass over the data has {enough.available:,}; use fewer plan.steps or blend=null"
         )
 
 
@@ -79,15 +80,15 @@ class Blended:
         model.eval()
         try:
             for tokens_BT, targets_BT in self.evaluator.batches(text):
-                documents_BT = self.evaluator.documents(tokens_BT)
-                _, h_BTD = self.evaluator.forward(tokens_BT, targets_BT, documents_BT, *self.shape)
+                # The graph that validation has compiled, its loss unused: one of its own would cost more.
+                _, h_BTD = self.evaluator.scored(tokens_BT, targets_BT, *self.shape)
                 found = evidence_of(
                     self.part,
                     self.grams,
                     self.head,
                     tokens_BT,
                     targets_BT,
-                    documents_BT,
+                    self.evaluator.documents(tokens_BT),
                     h_BTD,
                     vocab_size=model.spec.vocab_size,
                 )
@@ -146,18 +147,16 @@ def stretch(corpus: Corpus, first: int, blocks: int) -> np.ndarray:
 def save(folder: Path, made: Blended, *, step: int) -> None:
     """Writes gate and number of blocks, whole or not at all. Raises CheckpointError when the disk fails."""
     assert made.gate is not None
-    place, temporary = folder / FILE, folder / f".{FILE}.{os.getpid()}.partial"
+    place = folder / FILE
     tensors = {name: tensor.cpu().contiguous() for name, tensor in made.gate.state_dict().items()}
     meta = {"blend": json.dumps({"blocks": made.blocks, "step": step, "tensors": list(tensors)})}
     try:
-        save_file(tensors, temporary, metadata=meta)
-        temporary.replace(place)
+        with whole(place) as temporary:
+            save_file(tensors, temporary, metadata=meta)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the blend could not be written to {place} ({error}); free some space"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(

@@ -62,8 +62,17 @@ class Evaluator:
         layers: int | None = None,
     ) -> Tensor:
         """The mean loss of a batch over its targets that are not -1, a 0-D tensor."""
-        loss, _ = self.forward(tokens_BT, targets_BT, self.documents(tokens_BT), window, layers)
+        loss, _ = self.scored(tokens_BT, targets_BT, window, layers)
         return loss
+
+    def scored(
+        self, tokens_BT: Tensor, targets_BT: Tensor, window: int | None, layers: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, and the states h_BTD that the head was given."""
+        found: tuple[Tensor, Tensor] = self.forward(
+            tokens_BT, targets_BT, self.documents(tokens_BT), window, layers
+        )
+        return found
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
         """How many documents have begun in the row so far, (B, T) int32, where they are kept apart.
