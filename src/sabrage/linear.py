@@ -7,6 +7,7 @@ others, and evaluation must stay causal, so there the product is the plain one.
 import re
 from collections.abc import Callable, Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,3 +70,8 @@ def check_patterns(field: str, patterns: Iterable[str]) -> list[str]:
         except re.error as error:
             found.append(f"{field}: pattern {pattern!r} is not a regular expression: {error}")
     return found
+
+
+def opened(x_BTD: Tensor, gate_X: Tensor) -> Tensor:
+    """(B, T, 1): how far the first X numbers of x open a gate, from 0 to 2; 1 where it is zeros."""
+    return 2 * torch.sigmoid((x_BTD[..., : len(gate_X)] * gate_X).sum(-1, keepdim=True))

@@ -21,7 +21,7 @@ from sabrage.attention.backends import Backend, Need, attend, choose_backend, ne
 from sabrage.attention.key_offset import offset_keys
 from sabrage.context import Context
 from sabrage.hashing import DIGIT, digits, number
-from sabrage.linear import Linear
+from sabrage.linear import Linear, opened
 from sabrage.norms import rms_norm
 from sabrage.parts import Mixer
 from sabrage.run.device import DeviceFacts
@@ -100,5 +100,4 @@ class CopyingAttention(nn.Module):
         shape = -1, -1, v_BSHK.shape[2], -1
         q_BTHK, k_BSHK = q_BTK[:, :, None].expand(shape).contiguous(), k_BSHK.expand(shape).contiguous()
         y_BTHK = attend(q_BTHK, k_BSHK, v_BSHK, context, backend=self.part.backend)
-        opened_BT1 = 2 * torch.sigmoid((h_BTD * self.gate_D).sum(2, keepdim=True))
-        return (self.scale * opened_BT1).to(h_BTD.dtype) * y_BTHK.flatten(2).to(h_BTD.dtype)
+        return (self.scale * opened(h_BTD, self.gate_D)).to(h_BTD.dtype) * y_BTHK.flatten(2).to(h_BTD.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.context import Context
-from sabrage.linear import GATE_WIDTH
+from sabrage.linear import GATE_WIDTH, opened
 from sabrage.wiring.skips import Skip
 
 
@@ -65,6 +65,5 @@ class GatedSkips(nn.Module):
         if reader not in self.sources:
             return x_BTD
         row, source_BTD = self.rows[reader], states[self.sources[reader] + 1]
-        gate_D = self.gates_PD[row]
-        opened_BT1 = 2 * torch.sigmoid((states[0][..., : len(gate_D)] * gate_D).sum(-1, keepdim=True))
+        opened_BT1 = opened(states[0], self.gates_PD[row])
         return x_BTD + (self.scales_P[row] * opened_BT1).to(x_BTD.dtype) * source_BTD

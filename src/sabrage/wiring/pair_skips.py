@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.context import Context
-from sabrage.linear import GATE_WIDTH
+from sabrage.linear import GATE_WIDTH, opened
 from sabrage.wiring.skips import Skip
 
 
@@ -42,6 +42,5 @@ class PairAdder(nn.Module):
         if not 0 < layer < len(self.scales_L):
             return x_BTD
         assert context.pair_BTD is not None, "needs an embedding that hashes pairs"
-        gate_D = self.gates_LD[layer]
-        opened_BT1 = 2 * torch.sigmoid((states[0][..., : len(gate_D)] * gate_D).sum(-1, keepdim=True))
+        opened_BT1 = opened(states[0], self.gates_LD[layer])
         return x_BTD + (self.scales_L[layer] * opened_BT1).to(x_BTD.dtype) * context.pair_BTD
