@@ -5,12 +5,15 @@ and active layers are built into compiled code, so they come in few stages, whic
 compile beforehand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sabrage.config import Part
 from sabrage.parts import Knobs
 from sabrage.schedule import Schedule
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,7 @@ class Staged(Schedule):
         return []
 
     def at(self, step: int, steps: int) -> float:
-        now = max(index for index, start in enumerate(self.starts) if start <= step)
-        return self.factors[now] * self.inner.at(step, steps)
+        return holding(self.factors, self.starts, step) * self.inner.at(step, steps)
 
     def scaled(self, factor: float) -> Self:
         starts = tuple(round(start * factor) for start in self.starts)
@@ -149,7 +151,7 @@ class Stages(Part):
 
     def at(self, step: int) -> int:
         """The value that holds at `step`."""
-        return [value for value, start in zip(self.values, self.starts, strict=True) if start <= step][-1]
+        return holding(self.values, self.starts, step)
 
     def scaled(self, factor: float) -> Self:
         """The same stages for a run `factor` times as long; one that vanishes gives way to the next."""
@@ -247,6 +249,11 @@ class Plan(Part):
             (end - start) * staged(self.tokens_per_step, start)
             for start, end in zip(starts, ends, strict=True)
         )
+
+
+def holding(values: Sequence[Number], starts: Sequence[int], step: int) -> Number:
+    """The value at `step` of those that each hold from a start of their own on, starts rising from 0."""
+    return [value for value, start in zip(values, starts, strict=True) if start <= step][-1]
 
 
 def staged(value: int | Stages, step: int) -> int:
