@@ -77,8 +77,10 @@ def evidence_of(
         features.append(tamed(count_N)[:, None])
     logs = [(hits_N / count_N.clamp(min=1)).log() for count_N, hits_N in counts]
     known = [count_N > 0 for count_N, _ in counts]
-    first_BT = earlier((rows.group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
-    says = network_says(head, rows, first_BT if part.seen else None)
+    first_BT = None
+    if part.seen:
+        first_BT = earlier((group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
+    says = network_says(head, rows, first_BT)
     features.append(says.features_NX)
     if part.seen:
         logs.append(says.restricted_N)

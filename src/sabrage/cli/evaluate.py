@@ -110,11 +110,13 @@ class Eval:
         corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
         end_of_text = corpus.end_of_text if recipe.budget.evaluation_documents else None
         evaluator = self.evaluator(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
-        loss = self.score(recipe, evaluator)
         blended = self.blended(recipe, evaluator, corpus) if recipe.blend else None
         if blended:
-            say(f"the network alone: {loss:.5f} nats a token; with what the run counted:")
-            loss, _ = blended.losses()
+            self.tell_positions(recipe, evaluator)
+            loss, alone = blended.losses()
+            say(f"the network alone: {alone:.5f} nats a token; with what the run counted:")
+        else:
+            loss = self.score(recipe, evaluator)
         say(f"validation loss {loss:.5f} nats a token over {num_targets:,} targets, track {corpus.track}")
         if corpus.tokenizer is not None:
             num_bytes = len(corpus.tokenizer.decode_bytes(corpus.validation[1 : num_targets + 1].tolist()))
@@ -184,13 +186,16 @@ class Eval:
 
     def score(self, recipe: "Recipe", evaluator: "Evaluator") -> float:
         """Nats a token, of the network."""
+        self.tell_positions(recipe, evaluator)
+        return evaluator(recipe.evaluation_window(recipe.plan.steps))
+
+    def tell_positions(self, recipe: "Recipe", evaluator: "Evaluator") -> None:
+        """The network's loss by the position in the row, where that was asked for."""
         from sabrage.cli.console import say
 
-        window = recipe.evaluation_window(recipe.plan.steps)
         if self.by_position:
-            for first, end, loss in evaluator.by_position(window):
+            for first, end, loss in evaluator.by_position(recipe.evaluation_window(recipe.plan.steps)):
                 say(f"positions {first:,} to {end - 1:,}: {loss:.5f} nats a token")
-        return evaluator(window)
 
     def score_task(self, recipe: "Recipe", model: "LM") -> None:
         """The accuracy on HellaSwag, with its standard error."""
