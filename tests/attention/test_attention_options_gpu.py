@@ -29,7 +29,7 @@ def _fresh_compiler():
 def made(changes, **more):
     """A layer with noise on its gate, the same for all devices."""
     torch.manual_seed(0)
-    layer = MultiHead(heads=4, qk_norm=True, **{**changes, **more}).build(dim=DIM, layer=0)
+    layer = MultiHead(**{"heads": 4, "qk_norm": True, **changes, **more}).build(dim=DIM, layer=0)
     if layer.gate_HX is not None:
         torch.nn.init.normal_(layer.gate_HX, std=0.3)
     return layer
