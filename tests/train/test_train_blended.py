@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.neighbours import Memory, Neighbours
 from sabrage.config import ConfigError, from_json, to_json
 from sabrage.train import blended
 from sabrage.train.loop import build_learner, make_evaluator
@@ -71,6 +72,29 @@ def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
     assert np.array_equal(counted[0].numpy(), corpus.train.shards[0][9 * 128 : 12 * 128].astype(np.int64))
 
 
+def test_of_the_newest_text_every_state_is_remembered_with_what_followed_it(monkeypatch, blending, parts):
+    corpus, evaluator = parts
+    given = []
+
+    def keeping(part, batches):
+        given.extend(batches)
+        return Memory(part, given)
+
+    monkeypatch.setattr(blended, "Memory", keeping)
+    size = corpus.train.block_tokens
+    recipe = replace(blending, blend=replace(SMALL, neighbours=Neighbours(tokens=3 * size)))
+    made = blended.blend(recipe, evaluator, corpus, 12, say=print)
+    stream = corpus.train.shards[0].astype(np.int64)
+    following_M = torch.cat([targets_M for _, targets_M in given])
+    assert following_M.tolist() == stream[9 * size + 1 : 12 * size + 1].tolist()
+    assert len(made.memory.keys_MK) == 3 * size
+    # The states are those of the text as validation would see it.
+    tokens_BT, _ = next(iter(evaluator.batches(stream[9 * size : 12 * size + 1])))
+    with torch.no_grad():
+        h_MD = evaluator.model.eval()(tokens_BT).flatten(0, 1)
+    torch.testing.assert_close(given[0][0], h_MD)
+
+
 def test_a_run_out_of_memory_at_its_end_is_not_lost(run_recipe, monkeypatch, blending, capsys):
     def large(text_N, size):
         raise torch.cuda.OutOfMemoryError
@@ -97,7 +121,14 @@ NONE = {"text_orders": 0, "document_orders": 0, "seen": False, "cache": ()}
 
 
 @pytest.mark.parametrize(
-    "alone", [{"text_orders": 7}, {"document_orders": 3}, {"seen": True}, {"cache": (9.0,)}]
+    "alone",
+    [
+        {"text_orders": 7},
+        {"document_orders": 3},
+        {"seen": True},
+        {"cache": (9.0,)},
+        {"neighbours": Neighbours(sharpness=(9.0,))},
+    ],
 )
 def test_each_kind_of_expert_helps_alone(blending, parts, alone):
     corpus, evaluator = parts
@@ -106,8 +137,10 @@ def test_each_kind_of_expert_helps_alone(blending, parts, alone):
     assert mixed < network
 
 
-def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts):
+@pytest.mark.parametrize("more", [{}, {"neighbours": Neighbours()}])
+def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts, more):
     corpus, evaluator = parts
+    blending = replace(blending, blend=replace(SMALL, **more))
     made = blended.blend(blending, evaluator, corpus, 12, say=print)
     blended.save(tmp_path, made, step=12)
     assert [path.name for path in tmp_path.iterdir()] == [blended.FILE]
@@ -115,7 +148,7 @@ def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts):
     assert again.losses() == made.losses()
     assert blended.load(tmp_path, blending, evaluator, corpus, step=8) is None
     assert blended.load(tmp_path / "none", blending, evaluator, corpus, step=12) is None
-    other = replace(blending, blend=replace(SMALL, text_orders=2))
+    other = replace(blending, blend=replace(SMALL, text_orders=2, **more))
     with pytest.raises(ValueError, match="not the blend of this recipe"):
         blended.load(tmp_path, other, evaluator, corpus, step=12)
     (tmp_path / blended.FILE).write_bytes(b"\x09" * 40)

@@ -9,6 +9,7 @@ the mixture. All of that is training time. Neither the gate nor the counts ever 
 from dataclasses import dataclass
 
 from sabrage.blend.grams import LONGEST, largest_vocabulary
+from sabrage.blend.neighbours import Neighbours
 from sabrage.config import Part
 
 
@@ -16,7 +17,8 @@ from sabrage.config import Part
 class Blend(Part):
     """Experts for contexts of 1 to `text_orders` tokens in the training text and, in the document so far, for
     `document_orders` contexts of 0, 1, 2 ... tokens; with `seen` the network restricted to tokens of the
-    document, and for each sharpness in `cache` the tokens that followed states like the present one.
+    document, and for each sharpness in `cache` the tokens that followed states like the present one; with
+    `neighbours` the same of the training text.
 
     The newest `text_tokens` tokens of the training text are counted, which takes up to 60 bytes each for a
     moment and 24 from then on. The gate has `hidden` units and takes `steps` steps of `batch` out of
@@ -29,6 +31,7 @@ class Blend(Part):
     document_orders: int = 4
     seen: bool = True
     cache: tuple[float, ...] = (10.0, 20.0, 40.0)
+    neighbours: Neighbours | None = None
     held_out: int = 524_288
     hidden: int = 64
     steps: int = 384
@@ -44,7 +47,8 @@ class Blend(Part):
         ]
         if not self.num_experts():
             found.append(
-                "blend has no expert; set text_orders, document_orders, seen or cache, or blend=null"
+                "blend has no expert; set text_orders, document_orders, seen, cache or neighbours, or "
+                "blend=null"
             )
         if any(b <= 0 for b in self.cache):
             found.append(f"blend.cache={self.cache} must be above 0")
@@ -55,7 +59,8 @@ class Blend(Part):
         ]
 
     def num_experts(self) -> int:
-        return self.text_orders + self.document_orders + self.seen + len(self.cache)
+        remembered = len(self.neighbours.sharpness) if self.neighbours else 0
+        return self.text_orders + self.document_orders + self.seen + len(self.cache) + remembered
 
     def unfit_vocabulary(self, vocab_size: int) -> list[str]:
         """Sentences about a vocabulary that cannot be counted."""

@@ -15,6 +15,7 @@ from sabrage.blend.blend import Blend
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
+from sabrage.blend.neighbours import Memory
 from sabrage.config import ConfigError
 from sabrage.data.stream import sufficiency
 from sabrage.parts import Corpus
@@ -44,13 +45,14 @@ def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
 
 @dataclass
 class Blended:
-    """A network, the counts of the first `blocks` blocks of its training stream, and their gate."""
+    """A network, what is kept of the first `blocks` blocks of its training stream, and their gate."""
 
     part: Blend
     evaluator: Evaluator
     shape: tuple[int | None, int | None]
     grams: Grams | None
     blocks: int
+    memory: Memory | None = None
     gate: Gate | None = None
 
     @torch.no_grad()
@@ -75,6 +77,22 @@ class Blended:
 
     def evidence(self, text: np.ndarray | None = None) -> Iterator[Evidence]:
         """The evidence on every target of the metric, or of a text, in batches."""
+        for tokens_BT, targets_BT, h_BTD in self.states(text):
+            found = evidence_of(
+                self.part,
+                self.grams,
+                self.head,
+                tokens_BT,
+                targets_BT,
+                self.evaluator.documents(tokens_BT),
+                h_BTD,
+                vocab_size=self.evaluator.model.spec.vocab_size,
+                memory=self.memory,
+            )
+            yield found[targets_BT.flatten() >= 0]
+
+    def states(self, text: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(tokens_BT, targets_BT, h_BTD) of the metric, or of a text, in batches."""
         model = self.evaluator.model
         was_training = model.training
         model.eval()
@@ -82,19 +100,19 @@ class Blended:
             for tokens_BT, targets_BT in self.evaluator.batches(text):
                 # The graph that validation has compiled, its loss unused: one of its own would cost more.
                 _, h_BTD = self.evaluator.scored(tokens_BT, targets_BT, *self.shape)
-                found = evidence_of(
-                    self.part,
-                    self.grams,
-                    self.head,
-                    tokens_BT,
-                    targets_BT,
-                    self.evaluator.documents(tokens_BT),
-                    h_BTD,
-                    vocab_size=model.spec.vocab_size,
-                )
-                yield found[targets_BT.flatten() >= 0]
+                yield tokens_BT, targets_BT, h_BTD
         finally:
             model.train(was_training)
+
+    @torch.no_grad()
+    def remember(self, text: np.ndarray) -> None:
+        """Keeps the states of a text, (N,), for what they are neighbours to."""
+        assert self.part.neighbours is not None
+        batches = (
+            (h_BTD[targets_BT >= 0], targets_BT[targets_BT >= 0])
+            for _, targets_BT, h_BTD in self.states(text)
+        )
+        self.memory = Memory(self.part.neighbours, batches)
 
     def head(self, h_MD: Tensor) -> Tensor:
         """Logits of the network's states, (M, V)."""
@@ -104,16 +122,25 @@ class Blended:
 
 
 def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
-    """The blend without a gate: of the first `blocks` blocks of the stream the newest are counted."""
-    assert recipe.blend is not None
+    """The blend without a gate: of the first `blocks` blocks of the stream the newest are kept."""
+    part = recipe.blend
+    assert part is not None
     grams, device = None, evaluator.world.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if recipe.blend.text_orders:
-        most = max(recipe.blend.text_tokens // corpus.train.block_tokens, 1)
-        text = stretch(corpus, max(blocks - most, 0), min(blocks, most))[:-1]
+    if part.text_orders:
+        text = newest(corpus, blocks, part.text_tokens)[:-1]
         grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
-    return Blended(recipe.blend, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
+    made = Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
+    if part.neighbours:
+        made.remember(newest(corpus, blocks, part.neighbours.tokens))
+    return made
+
+
+def newest(corpus: Corpus, blocks: int, tokens: int) -> np.ndarray:
+    """(N + 1,) int32: of the first `blocks` blocks the newest `tokens` tokens, at least a block."""
+    most = max(tokens // corpus.train.block_tokens, 1)
+    return stretch(corpus, max(blocks - most, 0), min(blocks, most))
 
 
 def blend(
