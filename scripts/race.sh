@@ -12,7 +12,7 @@
 #   breakdown  where a step's time goes in nocap, base and fast (6)
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
-#   screen     changes of `fast` that its second race asks for, one seed, at 47.2M tokens or TOKENS (2 a change)
+#   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
 # run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
 # are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -34,36 +34,15 @@ visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,nohe
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 mkdir -p "$out/runs"
-# Why these: LOG.md, the third race of `fast`. Short runs mislead about batches and rates: TOKENS=141557760 for
-# those (4 a change), on nine parts of text. Those that share its graphs come first.
-late='plan.lr={"part":"Staged","inner":{"part":"Trapezoid","warmup":30,"warmdown":648,"floor":0.05},'
-late+='"factors":[1,1.3,1.5],"starts":[0,540,810]}'
-sharper='model.mixers.0.scale=0.12'
-for layer in 1 2 3 4; do sharper+="+model.mixers.$layer.scale=0.12"; done
-near=model.mixers.0.rotary.share=0.5
-for layer in 1 2 3; do near+="+model.mixers.$layer.rotary.share=0.5"; done
-slower=model.mixers.0.rotary.base=1048576
-for layer in 1 2 3 4; do slower+="+model.mixers.$layer.rotary.base=1048576"; done
-batches='plan.tokens_per_step.values=[65536,131072,262144]+plan.tokens_per_step.starts=[0,540,810]+plan.steps=1080'
-longer='optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
-pairs='model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"},{"part":"PairSkips"}]'
+# Why these: LOG.md, the gap to the target. Rates, schedules and moments alone, so that all runs share their graphs.
 changes=(
-  "fast+$batches+$late"
-  fast+optim.0.optimizer.lr=0.018
-  fast+plan.lr.warmdown=1152
-  "fast+$longer"
-  "fast+$longer+optim.0.optimizer.lr_scale=longer"
-  'fast+optim.0.optimizer.stacks=[["qkv",9]]'
-  fast+optim.3.optimizer.lr=0.02
-  "fast+$batches+$late+$longer+$sharper+$pairs+model.last=Copying"
-  "fast+$sharper"
-  "fast+$near+$slower"
-  fast+model.mixers.4.rotary.base=1048576
-  fast+model.last=Copying
-  "fast+$pairs"
-  fast+model.layers=11
-  fast+model.mixers.2.window=2048+model.mixers.2.rotary.share=0.5+model.mixers.2.key_offset=true
-  fast+model.head.softcap=null+model.head.rescale=Rescale
+  plan.lr.warmdown=1400
+  plan.momentum.last=0.97
+  'optim.4.optimizer.betas=[0.8,0.99]'
+  optim.4.optimizer.lr=0.005
+  optim.1.optimizer.lr=0.6+optim.2.optimizer.lr=0.06
+  'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
+  optim.0.optimizer.lr=0.02
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
@@ -97,18 +76,12 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
-screen() {  # every change beside `fast`, the changes dealt out over the cards, each in one process
-  local lane turn own pids=() ok=0
-  for lane in "${!cards[@]}"; do
-    own=()
-    for ((turn = lane; turn < ${#changes[@]}; turn += ${#cards[@]})); do own+=("${changes[turn]}"); done
-    [ ${#own[@]} -gt 0 ] || continue
-    CUDA_VISIBLE_DEVICES=${cards[lane]} python3 -m sabrage study compare fast "${own[@]}" --inline \
-      --tokens "${TOKENS:-47185920}" --seeds 1 "${track[@]}" --out "$out/screen-$lane" --result "$out/screen-$lane.json" &
-    pids+=($!)
-  done
-  for pid in "${pids[@]}"; do wait "$pid" || ok=1; done
-  return $ok
+screen() {  # all changes of `fast` at once, eight runs over the cards
+  local change words=()
+  for change in "${changes[@]}"; do words+=(--change "$change"); done
+  [ -z "${TOKENS:-}" ] || words+=(--tokens "$TOKENS")
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study screen fast "${words[@]}" --inline "${track[@]}" \
+    --out "$out/screen" --result "$out/screen.json"
 }
 
 run() {

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sabrage.cli import parse
+from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
-from sabrage.study.plan import fitted, parse_variant
+from sabrage.study.screening import screening
 from sabrage.train.loop import train
+from sabrage.train.workshop import blueprint
 from sabrage.train.world import World
 
 ROOT = Path(__file__).parents[2]
@@ -128,18 +130,20 @@ def test_all_stages_give_commands_that_parse(race):
     assert (ablation.recipe, ablation.base, ablation.alone, ablation.steps) == ("fast", "base", True, 300)
 
 
-def test_every_change_that_is_screened_is_a_recipe_of_the_same_length(race):
+def test_what_is_screened_can_be_run_and_shares_one_graph(race):
     code, said, commands = race("screen", CARDS="0 1")
     assert code == 0, said
-    lanes = [parse(words[3:]).command for words in commands if "study" in words]
-    assert [lane.recipes[0] for lane in lanes] == ["fast", "fast"]
-    changed = [text for lane in lanes for text in lane.recipes[1:]]
-    assert len(changed) == len(set(changed)) >= 10
-    for lane in lanes:
-        for text in lane.recipes:
-            recipe = fitted(parse_variant(text).make(), tokens=lane.tokens)
-            assert recipe.problems() == []
-            assert abs(recipe.plan.tokens() - lane.tokens) < 0.01 * lane.tokens, text
+    (words,) = [words for words in commands if "study" in words]
+    assert words[0] == "0,1"
+    screen = parse(words[words.index("study") :]).command
+    made = screening(screen.recipe, screen.change, screen.set)
+    assert len(made.factors) == 7
+    assert len(made.variants) == 8
+    assert screen.inline
+    world = World(torch.device("cpu"))
+    recipes = [variant.make() for variant in made.variants]
+    assert len({blueprint(recipe, world) for recipe in recipes}) == 1
+    assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
 
 
 def test_an_unknown_stage_fails(race):

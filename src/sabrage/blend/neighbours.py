@@ -57,7 +57,8 @@ class Memory:
 
     def __init__(self, part: Neighbours, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.part = part
-        keys, following = [], []
+        keys: list[Tensor] = []
+        following: list[Tensor] = []
         for h_MD, following_M in batches:
             if not keys:
                 self.mean_D, self.basis_DK = principal(h_MD, part.width)

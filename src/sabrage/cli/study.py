@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from sabrage.study.launch import Launcher
+    from sabrage.study.launch import Job, Launcher
     from sabrage.study.plan import StudyPlan
 
 
@@ -83,13 +83,20 @@ class Paired(Common, ABC):
 
     def run(self) -> int:
         from sabrage.study.runner import default_folder, run_study
-        from sabrage.study.summary import summarise
 
         plan, skipped = self.plan()
         first = plan.variants[0]
         folder = self.out or default_folder(plan, kind=plan.kind, name=first.recipe)
         jobs = run_study(plan, folder, self.launcher())
-        return self.conclude(summarise(plan, jobs, skipped, name=folder.name), folder)
+        return self.conclude(self.summarise(plan, jobs, skipped, folder.name), folder)
+
+    def summarise(
+        self, plan: "StudyPlan", jobs: "list[Job]", skipped: dict[str, str], name: str
+    ) -> dict[str, Any]:
+        """What came of the runs."""
+        from sabrage.study.summary import summarise
+
+        return summarise(plan, jobs, skipped, name=name)
 
     def lengths(self) -> dict[str, Any]:
         """The fields of the plan that these options are."""
@@ -172,6 +179,39 @@ class Sweep(Paired):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Screen(Paired):
+    """Many changes of one recipe at once: every run has half of them, so that each run tells of all.
+
+    7 changes take 8 runs, 11 take 12, and each is measured as well as by as many runs of its own (Plackett
+    and Burman 1946). Effects are taken to add up; run what comes out as the best again.
+
+    Try:
+      sabrage study screen demo --change plan.lr.warmdown=270 --change optim.0.optimizer.lr=0.03 --steps 100
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """The recipe to change."""
+    change: tyro.conf.UseAppendAction[tuple[str, ...]]
+    """A change that is on or off: a.b=c or a.b=c+d.e=f, two or more times; no two of the same field."""
+    seeds: int = 1
+    """Seeds 0, 1, ... of every run; raising it later adds runs to the same study."""
+
+    def plan(self) -> tuple["StudyPlan", dict[str, str]]:
+        from sabrage.study.plan import StudyPlan
+        from sabrage.study.screening import screening
+
+        variants = screening(self.recipe, self.change, self.set).variants
+        return StudyPlan(kind="screen", variants=variants, **self.lengths()), {}
+
+    def summarise(
+        self, plan: "StudyPlan", jobs: "list[Job]", skipped: dict[str, str], name: str
+    ) -> dict[str, Any]:
+        from sabrage.study.screening import screening, summarise_screening
+
+        return summarise_screening(screening(self.recipe, self.change, self.set), jobs, name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Race(Common):
     """The fewest steps that meet a target loss: found with one seed, confirmed with fresh ones (p < 0.01).
 
@@ -221,7 +261,8 @@ class Race(Common):
 
 @dataclass(frozen=True)
 class Study:
-    """Find out with evidence: compare recipes, take one apart, sweep its values, race it to a target.
+    """Find out with evidence: compare recipes, take one apart, sweep its values, screen many changes at once,
+    race it to a target.
 
     A study is a folder of ordinary runs; it can be stopped at any time and the same command goes on.
 
@@ -229,6 +270,7 @@ class Study:
       sabrage study compare demo demo+model.layers=6 --seeds 3 --steps 200
       sabrage study ablate base --base nocap
       sabrage study sweep demo --over optim.0.optimizer.lr=0.001,0.003 --seeds 1
+      sabrage study screen demo --change plan.lr.warmdown=270 --change optim.0.optimizer.lr=0.03 --steps 100
       sabrage study race base --target 3.5 --base nocap
     """
 
@@ -236,6 +278,7 @@ class Study:
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Ablate, tyro.conf.subcommand("ablate")]
         | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+        | Annotated[Screen, tyro.conf.subcommand("screen")]
         | Annotated[Race, tyro.conf.subcommand("race")],
         tyro.conf.arg(name=""),
     ]

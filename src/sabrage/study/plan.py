@@ -57,7 +57,7 @@ class StudyPlan(Part):
     keeping their shape; without any, each recipe says its own. `target` (nats) only asks when it was met.
     """
 
-    kind: Literal["compare", "ablate", "sweep"]
+    kind: Literal["compare", "ablate", "sweep", "screen"]
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     steps: int | None = None

@@ -67,8 +67,9 @@ def run_study(plan: StudyPlan, folder: Path, launcher: Launcher) -> list[Job]:
     claim(folder, plan.check())
     variants = lengthened(plan, folder, launcher)
     blocks = blocks_of(folder / "runs", variants, plan.seeds)
-    # A sweep asks for losses: each of its runs may have a device of its own.
-    carry_out([[job] for block in blocks for job in block] if plan.kind == "sweep" else blocks, launcher)
+    # These ask for losses: each of their runs may have a device of its own.
+    alone = plan.kind in ("sweep", "screen")
+    carry_out([[job] for block in blocks for job in block] if alone else blocks, launcher)
     order = {variant.name: index for index, variant in enumerate(variants)}
     jobs = [job for block in blocks for job in block]
     return sorted(jobs, key=lambda job: (order[job.variant.name], job.seed))
