@@ -150,7 +150,7 @@ def summarise_screening(made: Screening, jobs: Sequence[Job], *, name: str) -> d
         notes.append("too few runs are done to tell the changes apart; the same command goes on")
     elif len(losses) - len(made.factors) == len(set(seeds)):
         notes.append(
-            "as many changes as runs tell apart: intervals take most changes to do nothing (Lenth 1989)"
+            "as many changes as runs tell apart: intervals take most to do nothing; more seeds say more"
         )
     notes.append("effects are taken to add up; where changes hinder each other, they show in others")
     shown = [
