@@ -72,6 +72,28 @@ def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
     assert np.array_equal(counted[0].numpy(), corpus.train.shards[0][9 * 128 : 12 * 128].astype(np.int64))
 
 
+def test_text_that_was_not_trained_on_is_counted_as_well(monkeypatch, blending, parts):
+    corpus, evaluator = parts
+    counted, fitted = [], []
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
+    recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128, unseen_tokens=200))
+    blended.blend(recipe, evaluator, corpus, 12, say=print)
+    stream = corpus.train.shards[0].astype(np.int64)
+    # 1,500 tokens of the gate take twelve blocks, 200 unseen ones two.
+    expected = np.concatenate((stream[9 * 128 : 12 * 128], stream[24 * 128 : 26 * 128]))
+    assert np.array_equal(counted[0].numpy(), expected)
+    assert np.array_equal(fitted[0], stream[12 * 128 : 12 * 128 + 1501])
+
+
+def test_unseen_tokens_must_be_there(run_recipe, blending):
+    with pytest.raises(ConfigError, match=r"unseen_tokens=19,000 are only counted.*fewer unseen tokens"):
+        run_recipe(replace(blending, blend=replace(SMALL, unseen_tokens=19_000)))
+    assert SMALL.problems() == []
+    assert replace(SMALL, unseen_tokens=-1).problems()
+    assert replace(SMALL, unseen_tokens=5, text_orders=0).problems()
+
+
 def test_of_the_newest_text_every_state_is_remembered_with_what_followed_it(monkeypatch, blending, parts):
     corpus, evaluator = parts
     given = []

@@ -34,12 +34,17 @@ def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
         return
     if world.size > 1:
         raise ConfigError("a blend is fitted by one process; start without torchrun, or use blend=null")
-    trained, wanted = recipe.plan.tokens(), recipe.blend.held_out
-    enough = sufficiency(corpus.train, trained + wanted + 1)
+    trained, wanted, unseen = recipe.plan.tokens(), recipe.blend.held_out, recipe.blend.unseen_tokens
+    needed = trained + wanted
+    if unseen:
+        needed = trained + (in_blocks(corpus, wanted) + in_blocks(corpus, unseen)) * corpus.train.block_tokens
+    enough = sufficiency(corpus.train, needed + 1)
     if not enough.suffices:
+        counted_only = f"blend.unseen_tokens={unseen:,} are only counted, " if unseen else ""
         raise ConfigError(
-            f"plan trains on {trained:,} tokens, blend.held_out={wanted:,} more are for its gate, and "
-            f"one pass over the data has {enough.available:,}; use fewer plan.steps or blend=null"
+            f"plan trains on {trained:,} tokens, blend.held_out={wanted:,} more are for its gate, "
+            f"{counted_only}and one pass over the data has {enough.available:,}; use fewer plan.steps"
+            f"{', fewer unseen tokens' if unseen else ''} or blend=null"
         )
 
 
@@ -130,6 +135,10 @@ def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -
         torch.cuda.empty_cache()
     if part.text_orders:
         text = newest(corpus, blocks, part.text_tokens)[:-1]
+        if part.unseen_tokens:
+            first = blocks + in_blocks(corpus, part.held_out)
+            unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
+            text = np.concatenate((text, unseen))
         grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
     made = Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
     if part.neighbours:
@@ -154,7 +163,7 @@ def blend(
     try:
         made = counted(recipe, evaluator, corpus, blocks)
         wanted = made.part.held_out
-        after = stretch(corpus, blocks, -(-wanted // corpus.train.block_tokens))
+        after = stretch(corpus, blocks, in_blocks(corpus, wanted))
         made.fit(after[: wanted + 1], recipe.budget.seed)
         if device.type == "cuda":
             # The caller's clock is to see the end of it.
@@ -163,6 +172,11 @@ def blend(
         say("out of memory in blending; this is the network alone (next time: --set blend.text_tokens=...)")
         return None
     return made
+
+
+def in_blocks(corpus: Corpus, tokens: int) -> int:
+    """The number of blocks of the training stream that hold so many tokens."""
+    return -(-tokens // corpus.train.block_tokens)
 
 
 def stretch(corpus: Corpus, first: int, blocks: int) -> np.ndarray:
