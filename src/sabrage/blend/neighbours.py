@@ -142,7 +142,7 @@ class Tiled:
 
 
 def principal(h_MD: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(mean (D,), leading principal components (D, K)) of states of unit length, K at most `width`."""
+    """(mean (D,), leading principal components (D, K)) of states, K at most `width`."""
     h_MD = h_MD.float()
     mean_D = h_MD.mean(0)
     centred_MD = h_MD - mean_D
