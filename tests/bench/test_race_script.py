@@ -10,7 +10,7 @@ import torch
 from sabrage.cli import parse
 from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
-from sabrage.study.screening import screening
+from sabrage.study.screening import lettered, screening
 from sabrage.train.loop import train
 from sabrage.train.workshop import blueprint
 from sabrage.train.world import World
@@ -136,12 +136,13 @@ def test_what_is_screened_can_be_run_and_shares_one_graph(race):
     (words,) = [words for words in commands if "study" in words]
     assert words[0] == "0,1"
     screen = parse(words[words.index("study") :]).command
-    made = screening(screen.recipe, screen.change, screen.set)
-    assert len(made.factors) == 7
-    assert len(made.variants) == 8
+    factors = lettered(screen.change)
+    variants = screening(screen.recipe, factors, screen.set)
+    assert len(factors) == 7
+    assert len(variants) == 8
     assert screen.inline
     world = World(torch.device("cpu"))
-    recipes = [variant.make() for variant in made.variants]
+    recipes = [variant.make() for variant in variants]
     assert len({blueprint(recipe, world) for recipe in recipes}) == 1
     assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
 

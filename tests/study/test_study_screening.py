@@ -14,7 +14,16 @@ from sabrage.report.tables import read_results, table
 from sabrage.study.launch import Local
 from sabrage.study.plan import StudyError, StudyPlan, same
 from sabrage.study.runner import run_study
-from sabrage.study.screening import LETTERS, PLAIN, design, effects, lenth, screening, summarise_screening
+from sabrage.study.screening import (
+    LETTERS,
+    PLAIN,
+    design,
+    effects,
+    lenth,
+    lettered,
+    screening,
+    summarise_screening,
+)
 
 LAYERS, STEPS, EVERY = "model.layers=8", "plan.steps=540", "budget.log_every=5"
 
@@ -94,17 +103,18 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 def test_variants_are_the_recipe_and_half_of_the_changes_each():
-    made = screening("demo", [LAYERS, STEPS + "+plan.lr.warmdown=100", EVERY], ["plan.lr.warmup=5"])
-    names = [variant.name for variant in made.variants]
+    factors = lettered([LAYERS, STEPS + "+plan.lr.warmdown=100", EVERY])
+    variants = screening("demo", factors, ["plan.lr.warmup=5"])
+    names = [variant.name for variant in variants]
     assert names[0] == PLAIN
     assert sorted(names[1:]) == ["A B", "A C", "B C"]
-    for variant in made.variants:
+    for variant in variants:
         recipe, letters = variant.make(), variant.name.split()
         assert recipe.plan.lr.warmup == 5
         assert recipe.model.layers == (8 if "A" in letters else 4)
         assert (recipe.plan.steps, recipe.plan.lr.warmdown) == ((540, 100) if "B" in letters else (270, 135))
         assert recipe.budget.log_every == (5 if "C" in letters else 10)
-    assert same(screening("demo", [LAYERS, EVERY]).variants[0].make(), find("demo"))
+    assert same(screening("demo", lettered([LAYERS, EVERY]))[0].make(), find("demo"))
 
 
 @pytest.mark.parametrize(
@@ -119,26 +129,24 @@ def test_variants_are_the_recipe_and_half_of_the_changes_each():
 )
 def test_changes_that_cannot_be_told_apart_are_refused(changes, said):
     with pytest.raises(StudyError, match=said):
-        screening("demo", changes)
+        lettered(changes)
 
 
 def test_a_change_that_no_recipe_takes_is_refused():
     with pytest.raises(ConfigError, match="layer"):
-        screening("demo", ["model.layerz=3", EVERY])
+        screening("demo", lettered(["model.layerz=3", EVERY]))
 
 
 def test_fields_with_a_common_beginning_are_different_fields():
-    names = {
-        variant.name for variant in screening("demo", ["plan.lr.warmup=5", "plan.lr.warmdown=50"]).variants
-    }
-    assert names == {PLAIN, "A", "B", "A B"}
+    variants = screening("demo", lettered(["plan.lr.warmup=5", "plan.lr.warmdown=50"]))
+    assert {variant.name for variant in variants} == {PLAIN, "A", "B", "A B"}
 
 
 def screened(tmp_path, program, *changes, seeds=(0,)):
-    made = screening("demo", changes)
-    plan = StudyPlan(kind="screen", variants=made.variants, seeds=seeds)
+    factors = lettered(changes)
+    plan = StudyPlan(kind="screen", variants=screening("demo", factors), seeds=seeds)
     jobs = run_study(plan, tmp_path / "study", Local(program=program))
-    return summarise_screening(made, jobs, name="study")
+    return summarise_screening("demo", factors, jobs, name="study")
 
 
 def test_a_whole_screening_finds_what_helps_and_what_it_takes(program, calls, tmp_path):
@@ -179,8 +187,8 @@ def test_the_command_runs_it_and_writes_a_result(program, tmp_path, monkeypatch)
 
 
 def test_combinations_are_the_ones_of_the_design():
-    made = screening("demo", [LAYERS, STEPS, EVERY, "plan.lr.warmup=5", "budget.evaluate_every=0"])
-    on = {frozenset(variant.name.split()) - {PLAIN} for variant in made.variants}
+    factors = lettered([LAYERS, STEPS, EVERY, "plan.lr.warmup=5", "budget.evaluate_every=0"])
+    on = {frozenset(variant.name.split()) - {PLAIN} for variant in screening("demo", factors)}
     assert len(on) == 8
     for one, other in itertools.combinations("ABCDE", 2):
         assert sum({one, other} <= chosen for chosen in on) == 2

@@ -198,17 +198,17 @@ class Screen(Paired):
 
     def plan(self) -> tuple["StudyPlan", dict[str, str]]:
         from sabrage.study.plan import StudyPlan
-        from sabrage.study.screening import screening
+        from sabrage.study.screening import lettered, screening
 
-        variants = screening(self.recipe, self.change, self.set).variants
+        variants = screening(self.recipe, lettered(self.change), self.set)
         return StudyPlan(kind="screen", variants=variants, **self.lengths()), {}
 
     def summarise(
         self, plan: "StudyPlan", jobs: "list[Job]", skipped: dict[str, str], name: str
     ) -> dict[str, Any]:
-        from sabrage.study.screening import screening, summarise_screening
+        from sabrage.study.screening import lettered, summarise_screening
 
-        return summarise_screening(screening(self.recipe, self.change, self.set), jobs, name=name)
+        return summarise_screening(self.recipe, lettered(self.change), jobs, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)

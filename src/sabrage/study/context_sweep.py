@@ -22,7 +22,7 @@ from sabrage.run.folder import Run
 from sabrage.study.launch import Job, Launcher
 from sabrage.study.plan import StudyError, Variant, fitted
 from sabrage.study.runner import blocks_of, carry_out, claim, finished
-from sabrage.study.summary import CLOCKS, cautions, facts, final_loss, mean, result
+from sabrage.study.summary import CLOCKS, cautions, facts, failures, final_loss, mean, result
 
 Stretches = Sequence[tuple[int, int, float]]
 OUT_OF_MEMORY = ("out of memory", "does not fit into this device's memory")
@@ -155,9 +155,7 @@ def summarise_context(plan: ContextPlan, jobs: Sequence[Job], *, name: str) -> d
             *cautions(runs),
             *(["one seed: this screens, it proves nothing"] if len(plan.seeds) < 2 else []),
         ],
-        "failures": {
-            job.name: str(job.failure) for job in jobs if job.state() == "failed" and not out_of_memory(job)
-        },
+        "failures": failures(job for job in jobs if not out_of_memory(job)),
     }
 
 

@@ -13,8 +13,7 @@ tell noise from effects, most effects are taken to be none: Lenth's pseudo stand
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import log
+from math import expm1, log
 from statistics import fmean
 from typing import Any
 
@@ -24,8 +23,8 @@ from sabrage.recipes import written
 from sabrage.study.launch import Job
 from sabrage.study.plan import StudyError, Variant, parse_variant
 from sabrage.study.runner import finished
-from sabrage.study.statistics import CONFIDENCE, Estimate, distributions
-from sabrage.study.summary import cautions, facts, final_loss, result
+from sabrage.study.statistics import Estimate, judged, standing
+from sabrage.study.summary import cautions, facts, failures, final_loss, result
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Primes one less than a multiple of four: their quadratic residues make a design of one run more.
@@ -33,13 +32,8 @@ PRIMES = (3, 7, 11, 19, 23, 31)
 PLAIN = "none"
 
 
-@dataclass(frozen=True)
-class Screening:
-    """Changes of a recipe by letter, each such as ("model.layers=6",), and the variants that have them."""
-
-    recipe: str
-    factors: dict[str, tuple[str, ...]]
-    variants: tuple[Variant, ...]
+# Changes of a recipe by letter, each such as ("model.layers=6",).
+Factors = dict[str, tuple[str, ...]]
 
 
 def design(num_factors: int) -> np.ndarray:
@@ -55,11 +49,8 @@ def design(num_factors: int) -> np.ndarray:
     return np.array([[False] * num_factors, *on])
 
 
-def screening(recipe: str, changes: Sequence[str], common: Sequence[str] = ()) -> Screening:
-    """The runs that measure `changes` of a recipe, each a.b=c, or several such joined by +.
-
-    Raises StudyError for changes that touch the same field, and ConfigError for a run that cannot be made.
-    """
+def lettered(changes: Sequence[str]) -> Factors:
+    """The changes, each a.b=c, or several such joined by +. Raises StudyError for two of the same field."""
     if not 2 <= len(changes) <= len(LETTERS):
         raise StudyError(f"got {len(changes)} changes to screen, allowed: 2 to {len(LETTERS)}")
     factors = {}
@@ -69,18 +60,22 @@ def screening(recipe: str, changes: Sequence[str], common: Sequence[str] = ()) -
             raise StudyError(f"got --change {change!r}, allowed: FIELD.FIELD=VALUE, several joined by +")
         factors[letter] = sets
     apart(factors)
+    return factors
+
+
+def screening(recipe: str, factors: Factors, common: Sequence[str] = ()) -> tuple[Variant, ...]:
+    """The runs that measure changes of a recipe. Raises ConfigError for one that cannot be made."""
     plain = parse_variant(recipe, common)
     variants = []
     for row in design(len(factors)):
         chosen = [letter for letter, on in zip(factors, row, strict=True) if on]
         sets = (*plain.sets, *(words for letter in chosen for words in factors[letter]))
-        variant = Variant(name=" ".join(chosen) or PLAIN, recipe=plain.recipe, sets=sets)
-        variant.make()
-        variants.append(variant)
-    return Screening(recipe, factors, tuple(variants))
+        variants.append(Variant(name=" ".join(chosen) or PLAIN, recipe=plain.recipe, sets=sets))
+        variants[-1].make()
+    return tuple(variants)
 
 
-def apart(factors: dict[str, tuple[str, ...]]) -> None:
+def apart(factors: Factors) -> None:
     """Raises StudyError where two changes touch one field, or one a field within another's."""
     touched = [(letter, words.split("=")[0]) for letter, sets in factors.items() for words in sets]
     for one, path in touched:
@@ -112,13 +107,9 @@ def effects(on_NF: np.ndarray, values: Sequence[float], seeds: Sequence[int]) ->
         errors_F = np.sqrt(variance * np.diag(np.linalg.inv(terms_NT.T @ terms_NT)))[: len(means_F)]
     else:
         errors_F, freedom = np.full(len(means_F), lenth(means_F)), len(means_F) / 3
-    t = distributions().t
-    halves_F = t.ppf((1 + CONFIDENCE) / 2, freedom) * errors_F
-    scores_F = np.divide(means_F, errors_F, out=np.full(len(means_F), np.inf), where=errors_F > 0)
-    ps_F = np.where(means_F == 0, 1.0, 2 * t.sf(np.abs(scores_F), freedom))
     return [
-        Estimate(len(values_N), float(mean), float(error), float(half), float(p))
-        for mean, error, half, p in zip(means_F, errors_F, halves_F, ps_F, strict=True)
+        judged(mean, n=len(values_N), sd=error, error=error, freedom=freedom)
+        for mean, error in zip(means_F.tolist(), errors_F.tolist(), strict=True)
     ]
 
 
@@ -129,26 +120,26 @@ def lenth(means_F: np.ndarray) -> float:
     return 1.5 * float(np.median(sizes_F[sizes_F < 2.5 * first])) if first else 0.0
 
 
-def summarise_screening(made: Screening, jobs: Sequence[Job], *, name: str) -> dict[str, Any]:
+def summarise_screening(recipe: str, factors: Factors, jobs: Sequence[Job], *, name: str) -> dict[str, Any]:
     """The effects of a screening, whatever part of it is done: a result file and the study's summary."""
     done = [(job, run) for job in jobs if (run := finished(job))]
     runs = [run for _, run in done]
-    on_NF = np.array([[letter in job.variant.name.split() for letter in made.factors] for job, _ in done])
+    on_NF = np.array([[letter in job.variant.name.split() for letter in factors] for job, _ in done])
     seeds, losses = [job.seed for job, _ in done], [final_loss(run) for run in runs]
     on_loss = effects(on_NF, losses, seeds)
     on_time = effects(on_NF, [log(result(run)["train_seconds"]) for run in runs], seeds)
     rows = []
-    for index, (letter, sets) in enumerate(made.factors.items()):
+    for index, (letter, sets) in enumerate(factors.items()):
         row: dict[str, Any] = {"factor": letter, "change": "+".join(sets)}
         if on_loss and on_time:
             effect = on_loss[index]
             row |= {"effect": effect.mean, "half": effect.half, "p": effect.p}
-            row["seconds"] = 100 * (np.exp(on_time[index].mean) - 1)
+            row["seconds"] = 100 * expm1(on_time[index].mean)
         rows.append(row)
     notes = cautions(runs)
     if on_loss is None:
         notes.append("too few runs are done to tell the changes apart; the same command goes on")
-    elif len(losses) - len(made.factors) == len(set(seeds)):
+    elif len(losses) - len(factors) == len(set(seeds)):
         notes.append(
             "as many changes as runs tell apart: intervals take most to do nothing; more seeds say more"
         )
@@ -164,39 +155,40 @@ def summarise_screening(made: Screening, jobs: Sequence[Job], *, name: str) -> d
     return {
         "name": name,
         **facts(runs),
-        "recipe": made.recipe,
+        "recipe": recipe,
         "seeds": sorted(set(seeds)),
         "clocks": None,
         "columns": [{"key": key, "title": title, "format": form} for key, title, form in shown],
         "rows": rows,
         "kind": "screen",
         "runs": {f"{job.variant.name}, seed {job.seed}": final_loss(run) for job, run in done},
-        "sentences": conclusions(made, on_loss, losses),
+        "sentences": conclusions(recipe, factors, on_loss, losses),
         "notes": notes,
-        "failures": {job.name: str(job.failure) for job in jobs if job.state() == "failed"},
+        "failures": failures(jobs),
         "skipped": {},
     }
 
 
-def conclusions(made: Screening, found: list[Estimate] | None, losses: Sequence[float]) -> list[str]:
+def conclusions(
+    recipe: str, factors: Factors, found: list[Estimate] | None, losses: Sequence[float]
+) -> list[str]:
     """What each change does, and what to run next."""
     if found is None:
         return []
     said, helping = [], []
-    for (letter, sets), effect in zip(made.factors.items(), found, strict=True):
-        assert effect.half is not None
-        word = (
-            "no effect seen" if abs(effect.mean) <= effect.half else "better" if effect.mean < 0 else "worse"
+    for (letter, sets), effect in zip(factors.items(), found, strict=True):
+        word = standing(effect)
+        said.append(
+            f"{letter} {'+'.join(sets)}: {word or 'no effect seen'}: {effect.mean:+.4f} +- {effect.half:.4f}"
         )
-        said.append(f"{letter} {'+'.join(sets)}: {word}: {effect.mean:+.4f} +- {effect.half:.4f}")
         if word == "better":
             helping.append((sets, effect.mean))
     if helping:
         # The mean run has half of every effect.
         plain = fmean(losses) - sum(effect.mean for effect in found) / 2
-        together = "+".join([made.recipe, *("+".join(sets) for sets, _ in helping)])
+        together = "+".join([recipe, *("+".join(sets) for sets, _ in helping)])
         said.append(
             f"plain about {plain:.4f}, with what is better {plain + sum(mean for _, mean in helping):.4f} if "
-            f"effects add up; run it: sabrage study compare {made.recipe} {together}"
+            f"effects add up; run it: sabrage study compare {recipe} {together}"
         )
     return said

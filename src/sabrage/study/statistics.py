@@ -6,7 +6,7 @@ differences, the 95% interval is mean(d) +- t(0.975, n - 1) sd(d) / sqrt(n). Low
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,13 +48,18 @@ def estimate(values: Sequence[float]) -> Estimate:
     n, mean = len(values), float(np.mean(values))
     if n < 2:
         return Estimate(n, mean)
-    t, sd = distributions().t, float(np.std(values, ddof=1))
-    error = sd / n**0.5
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    sd = float(np.std(values, ddof=1))
+    return judged(mean, n=n, sd=sd, error=sd / n**0.5, freedom=n - 1)
+
+
+def judged(mean: float, *, n: int, sd: float, error: float, freedom: float) -> Estimate:
+    """A mean with its standard error, which is known with so many degrees of freedom."""
+    t = distributions().t
+    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     # Equal values leave no doubt: runs that are bit for bit the same differ by nothing, with p = 1.
     score = mean / error if error > 0 else float(np.sign(mean)) * np.inf
-    p = 2 * float(t.sf(abs(score), n - 1)) if mean else 1.0
-    return Estimate(n, mean, sd, half, p, float(t.cdf(score, n - 1)) if mean else 0.5)
+    p = 2 * float(t.sf(abs(score), freedom)) if mean else 1.0
+    return Estimate(n, mean, sd, half, p, float(t.cdf(score, freedom)) if mean else 0.5)
 
 
 def paired(reference: Sequence[float], challenger: Sequence[float]) -> Estimate:
@@ -99,11 +104,19 @@ def verdict(difference: Estimate | None) -> str:
         return "no pair of finished runs"
     if difference.sd is None or difference.half is None:
         return f"one seed, screens only: {difference.mean:+.4f}"
-    said = f"{difference.mean:+.4f} +- {difference.half:.4f} at n={difference.n}"
-    if abs(difference.mean) <= difference.half:
+    said, word = f"{difference.mean:+.4f} +- {difference.half:.4f} at n={difference.n}", standing(difference)
+    if word is None:
         least = detectable(difference.sd, difference.n)
         return f"no difference seen: {said}, smallest detectable {least:.4f}"
-    return f"{'better' if difference.mean < 0 else 'worse'}: {said}"
+    return f"{word}: {said}"
+
+
+def standing(difference: Estimate) -> Literal["better", "worse"] | None:
+    """What a difference in loss that has an interval amounts to; None where the interval holds zero."""
+    assert difference.half is not None
+    if abs(difference.mean) <= difference.half:
+        return None
+    return "better" if difference.mean < 0 else "worse"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ def _changed(run: Run) -> str:
     return (run.manifest["code"] or {}).get("diff", "")
 
 
+def failures(jobs: Iterable[Job]) -> dict[str, str]:
+    """What is known of each failed run, by name."""
+    return {job.name: str(job.failure) for job in jobs if job.state() == "failed"}
+
+
 def result(run: Run) -> dict[str, Any]:
     """The result of a done run."""
     assert run.result is not None, run.path
@@ -148,7 +153,7 @@ def summarise(plan: StudyPlan, jobs: Sequence[Job], skipped: dict[str, str], *, 
         "detectable": least,
         "sentences": [f"{name}: {verdict(difference)}" for name, difference in differences.items()],
         "notes": [*floors(noise, least, num_pairs), *notes(plan, runs, len(others))],
-        "failures": {job.name: str(job.failure) for job in jobs if job.state() == "failed"},
+        "failures": failures(jobs),
         "skipped": skipped,
     }
 

@@ -113,11 +113,9 @@ class Blended:
     def remember(self, text: np.ndarray) -> None:
         """Keeps the states of a text, (N,), for what they are neighbours to."""
         assert self.part.neighbours is not None
-        batches = (
-            (h_BTD[targets_BT >= 0], targets_BT[targets_BT >= 0])
-            for _, targets_BT, h_BTD in self.states(text)
-        )
-        self.memory = Memory(self.part.neighbours, batches)
+        batches = ((h_BTD, targets_BT, targets_BT >= 0) for _, targets_BT, h_BTD in self.states(text))
+        kept = ((h_BTD[there_BT], targets_BT[there_BT]) for h_BTD, targets_BT, there_BT in batches)
+        self.memory = Memory(self.part.neighbours, kept)
 
     def head(self, h_MD: Tensor) -> Tensor:
         """Logits of the network's states, (M, V)."""
