@@ -35,6 +35,7 @@ TINY = {
     "period": 1,
     "tables": 1,
     "gates": 2,
+    "columns": 100,
 }
 
 

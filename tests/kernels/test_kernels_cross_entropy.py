@@ -110,8 +110,10 @@ def test_a_bound_takes_whatever_logit_there_is(loud: float) -> None:
 
 
 @interpreted
-def test_chunks_do_not_change_the_loss_or_its_gradients() -> None:
-    for whole, pieces in zip(gradients(), gradients(chunk_tokens=7), strict=True):
+@pytest.mark.parametrize("columns", [0, 96])
+def test_chunks_do_not_change_the_loss_or_its_gradients(columns: int) -> None:
+    given = {"columns": columns}
+    for whole, pieces in zip(gradients(**given), gradients(**given, chunk_tokens=7), strict=True):
         torch.testing.assert_close(pieces, whole)
 
 
@@ -138,6 +140,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
         given["weights_W"],
         BOUND,
         180,
+        0,
         False,
         8,
         False,
@@ -197,14 +200,17 @@ def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
     for copies in (1, 4):
         tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
         targets_NW = given["targets_NW"][:16].repeat(copies, 1)
-        held.append(head._head(*tokens, targets_NW, given["weights_W"], BOUND, 180, False, 64, True)[2][:16])
+        held.append(
+            head._head(*tokens, targets_NW, given["weights_W"], BOUND, 180, 0, False, 64, True)[2][:16]
+        )
     torch.testing.assert_close(*held)
 
 
 @interpreted
-def test_fp8_stays_near_the_16_bit_head() -> None:
-    total, h_grad, weight_grad = gradients(torch.float16)
-    total8, h_grad8, weight_grad8 = gradients(torch.float16, fp8=True)
+@pytest.mark.parametrize("columns", [0, 96])
+def test_fp8_stays_near_the_16_bit_head(columns: int) -> None:
+    total, h_grad, weight_grad = gradients(torch.float16, columns=columns)
+    total8, h_grad8, weight_grad8 = gradients(torch.float16, columns=columns, fp8=True)
     assert (total8 - total).abs() < 0.01 * total
     assert (h_grad8 - h_grad).norm() < 0.1 * h_grad.norm()
     assert (weight_grad8 - weight_grad).norm() < 0.05 * weight_grad.norm()
@@ -224,10 +230,11 @@ def test_autocast_decides_the_products_and_the_weight_keeps_its_dtype() -> None:
 
 
 @interpreted
-def test_the_registration_of_the_operation_is_sound() -> None:
+@pytest.mark.parametrize("columns", [0, 96])
+def test_the_registration_of_the_operation_is_sound(columns: int) -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], BOUND, 180, False, 8, True))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], BOUND, 180, columns, False, 8, True))
 
 
 @interpreted
@@ -243,6 +250,7 @@ def test_a_device_that_cannot_run_kernels_is_refused(monkeypatch: pytest.MonkeyP
         ({"targets_NW": torch.zeros(30, dtype=torch.int64)}, "targets_N\\[:, None\\]"),
         ({"num_real": 200}, "num_real=200"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
+        ({"columns": -1}, "columns=-1"),
         ({"fp8": True, "h_ND": torch.zeros(30, 20), "weight_VD": torch.zeros(192, 20)}, "16 divides"),
     ],
 )
@@ -287,7 +295,8 @@ def test_a_row_on_the_device_is_right_wherever_its_targets_and_its_end_lie(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fp8_on_the_device_stays_near_the_16_bit_head() -> None:
+@pytest.mark.parametrize("columns", [0, 1500])
+def test_fp8_on_the_device_stays_near_the_16_bit_head(columns: int) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("FP8 products need compute capability 8.9")
     case = Case("fp8", {"N": 512, "D": 256, "V": 4096, "W": 2}, {"num_real": 4000})
@@ -295,7 +304,7 @@ def test_fp8_on_the_device_stays_near_the_16_bit_head() -> None:
     for fp8 in (False, True):
         given = arguments(torch.bfloat16, case, "cuda")
         h = given["h_ND"].requires_grad_()
-        total, _ = head.cross_entropy_head(**given, fp8=fp8, chunk_tokens=128)
+        total, _ = head.cross_entropy_head(**given, fp8=fp8, chunk_tokens=128, columns=columns)
         total.backward()
         found.append((total.detach(), h.grad.float()))
     assert (found[1][0] - found[0][0]).abs() < 0.01 * found[0][0]

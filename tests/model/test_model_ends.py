@@ -94,6 +94,7 @@ def test_the_kernels_rescale_is_that_of_the_plain_path():
         (["model.head.softcap=0"], "softcap=0.0 must be above 0"),
         (["model.head.softcap=15", "model.head.rescale=Rescale"], "set one of them to null"),
         (["model.head.rescale=Rescale", "model.head.rescale.width=0"], "width=0.0 must be above 0"),
+        (["model.head=FusedHead", "model.head.columns=-1"], "columns=-1 must be 0"),
         (["model.embedding.init_scale=0"], "init_scale=0.0 must be above 0"),
     ],
 )

@@ -134,6 +134,43 @@ def test_a_model_trained_with_kernels_loads_where_there_are_none_and_computes_th
         assert torch.equal(found.logits(tokens_BT), expected.logits(tokens_BT))
 
 
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_a_sampled_head_is_an_estimate_in_training_and_exact_in_evaluation(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the interpreter runs kernels on machines without a GPU")
+    heads = (FusedHead(backend=backend, columns=columns) for columns in (0, 60))
+    whole, sampled = (build_model(small(head=head), seed=3) for head in heads)
+    (exact, _), (estimate, _) = (loss_and_gradients(model) for model in (whole, sampled))
+    assert estimate != exact
+    torch.testing.assert_close(estimate, exact, rtol=0.05, atol=0)
+    (exact, _), (evaluated, _) = (loss_and_gradients(model.eval()) for model in (whole, sampled))
+    assert evaluated == exact
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the interpreter runs kernels on machines without a GPU"
+)
+def test_a_sampled_head_on_its_kernel_equals_its_plain_path_up_to_rounding():
+    pytest.importorskip("triton")
+    heads = (FusedHead(backend=backend, columns=60, softcap=15.0) for backend in ("plain", "triton"))
+    models = (build_model(small(head=head), seed=3) for head in heads)
+    (loss, grads), (fused_loss, fused_grads) = (loss_and_gradients(model) for model in models)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)
+    for name, grad in grads.items():
+        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [130, 1000])
+def test_a_head_with_as_many_columns_as_tokens_is_the_whole_one_bit_for_bit(columns):
+    heads = (FusedHead(backend="plain", columns=count) for count in (0, columns))
+    models = (build_model(small(head=head), seed=3) for head in heads)
+    (loss, grads), (other_loss, other_grads) = (loss_and_gradients(model) for model in models)
+    assert loss == other_loss
+    assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
 def test_the_soft_cap_bounds_the_logits():
     model = build_model(small(head=FusedHead(softcap=0.01)), seed=0)
     logits_BTV = model.logits(torch.arange(20)[None])

@@ -87,9 +87,10 @@ def test_the_compiled_forward_pass_is_one_graph_with_the_eager_loss(name, head, 
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize("head", [FusedHead(), FusedHead(columns=384)], ids=["whole", "sampled"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_compiled_step_learns_and_never_waits_for_the_device(name):
-    recipe = small(find(name), FusedHead())
+def test_a_compiled_step_learns_and_never_waits_for_the_device(name, head):
+    recipe = small(find(name), head)
     torch._dynamo.reset()
     world = World(torch.device("cuda"))
     learner = build_learner(recipe, world)

@@ -57,6 +57,14 @@ CROSS_ENTROPY = Operation(
         Case("strided", {"N": 21, "D": 32, "V": 129, "W": 2}, {"softcap": 5.0}, strided=True),
         Case("rescaled", {"N": 19, "D": 32, "V": 131, "W": 2}, {"rescale": (23.0, 5.0, 7.5)}),
         Case("empty", {"N": 0, "D": 32, "V": 129, "W": 2}),
+        Case("sampled", {"N": 29, "D": 48, "V": 217, "W": 1}, {"columns": 63}),
+        Case(
+            "sampled, padded, capped",
+            {"N": 17, "D": 32, "V": 256, "W": 3},
+            {"num_real": 250, "softcap": 15.0, "columns": 130},
+        ),
+        Case("more targets than columns", {"N": 37, "D": 32, "V": 129, "W": 2}, {"columns": 20}),
+        Case("sampled, empty", {"N": 0, "D": 32, "V": 129, "W": 2}, {"columns": 40}),
         Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),
         Case(
             "GPT-2 head, capped, two sets",

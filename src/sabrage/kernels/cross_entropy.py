@@ -9,12 +9,14 @@ times the bound's derivative, with c_nw = weight_w / n_w. So the forward pass ta
 time, makes its logits, overwrites them with their gradient and multiplies that into the gradients of h and W
 at once: one chunk of logits is all that ever exists. The backward pass only scales. The idea is that of Liger
 Kernel (Hsu et al. 2024, arXiv 2410.10989); several sets at once serve multi-token prediction. Gradients are
-held times a power of two near N until the end, in the range of fp16 and fp8.
+held times a power of two near N until the end, in the range of fp16 and fp8. Where the vocabulary is
+sampled (`sabrage.kernels.sampled_columns`) all this is done over a few rows of W, some counted several times.
 
 A bound is a sigmoid, z = height sigmoid((x + shift) / width), dz / dx = z (1 - z / height) / width. Up to a
 constant, which no probability sees, the soft-cap z = c tanh(x / c) is the one of (2 c, 0, c / 2).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.nn.functional import ScalingType
 
 from sabrage.kernels.cross_entropy_rows import BLOCK, LOW_HEIGHT, NUM_WARPS, rows
 from sabrage.kernels.language import KernelError, require
+from sabrage.kernels.sampled_columns import choose_columns, log_weights
 
 # Matrix units and FP8 want multiples of this many rows of W.
 ROW_MULTIPLE = 64
@@ -46,10 +49,17 @@ def cross_entropy_head_reference(
     softcap: float | None = None,
     rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
+    columns: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The specification: all logits at once, softmax in fp32 or wider."""
-    raw_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype))[:, : num_real or weight_VD.shape[0]]
+    """The specification: all logits of the columns at once, softmax in fp32 or wider."""
+    num_real, weighing_2 = num_real or weight_VD.shape[0], None
+    if 0 < columns < num_real:
+        ids_K, targets_NW, weighing_2 = choose_columns(targets_NW, num_real=num_real, num_columns=columns)
+        weight_VD, num_real = weight_VD[ids_K], columns
+    raw_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype))[:, :num_real]
     z_NV = bounded(raw_NV.to(torch.promote_types(h_ND.dtype, torch.float32)), softcap, rescale)
+    if weighing_2 is not None:
+        z_NV = z_NV + math.log(2) * log_weights(weighing_2, columns)
     losses = [
         F.cross_entropy(z_NV, targets_N, ignore_index=-1, reduction="sum")
         / (targets_N >= 0).sum().clamp(min=1)
@@ -69,6 +79,7 @@ def cross_entropy_head(
     softcap: float | None = None,
     rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
+    columns: int = 0,
     fp8: bool = False,
     chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
@@ -79,10 +90,12 @@ def cross_entropy_head(
     `num_real` on are padding: probability 0, gradient 0. Products run in the dtype of h (of autocast, where
     it is on); the gradient of the weight is summed in fp32 and returned in the weight's dtype. With `fp8` the
     logits (e4m3) and the gradient of h (e5m2) are FP8 products, the weight's gradient is not; D must then be
-    a multiple of 16. Raises KernelError for what it cannot take.
+    a multiple of 16. With `columns` below `num_real` (0: all) the softmax runs over that many tokens, the
+    targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
+    the targets of all rows. Raises KernelError for what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
-    _check(h_ND, weight_VD, targets_NW, num_real, fp8, chunk_tokens)
+    _check(h_ND, weight_VD, targets_NW, num_real, columns, fp8, chunk_tokens)
     if torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
     if weights_W is None:
@@ -96,6 +109,7 @@ def cross_entropy_head(
         weights_W.detach().float(),
         list(bound),
         num_real,
+        columns,
         fp8,
         chunk_tokens,
         learns,
@@ -104,7 +118,13 @@ def cross_entropy_head(
 
 
 def _check(
-    h_ND: Tensor, weight_VD: Tensor, targets_NW: Tensor, num_real: int, fp8: bool, chunk_tokens: int
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    targets_NW: Tensor,
+    num_real: int,
+    columns: int,
+    fp8: bool,
+    chunk_tokens: int,
 ) -> None:
     if targets_NW.dim() != 2 or len(targets_NW) != len(h_ND) or targets_NW.dtype != torch.int64:
         raise KernelError(
@@ -113,6 +133,8 @@ def _check(
         )
     if not 0 < num_real <= weight_VD.shape[0]:
         raise KernelError(f"num_real={num_real}, allowed: 1 to the weight's {weight_VD.shape[0]} rows")
+    if columns < 0:
+        raise KernelError(f"columns={columns}, allowed: 0 (all) and up")
     if chunk_tokens < 1:
         raise KernelError(f"chunk_tokens={chunk_tokens}, allowed: 1 and up; 8192 is the default")
     if fp8 and h_ND.shape[1] % 16:
@@ -127,6 +149,7 @@ def _head(
     weights_W: Tensor,
     bound: list[float],
     num_real: int,
+    columns: int,
     fp8: bool,
     chunk_tokens: int,
     learns: bool,
@@ -134,7 +157,11 @@ def _head(
     """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
     require(h_ND.device)
     num_tokens, dim = h_ND.shape
-    table_VD = _padded(weight_VD, h_ND.dtype)
+    ids_K = weighing_2 = None
+    if 0 < columns < num_real:
+        ids_K, targets_NW, weighing_2 = choose_columns(targets_NW, num_real=num_real, num_columns=columns)
+        num_real = columns
+    table_VD = _padded(weight_VD if ids_K is None else weight_VD[ids_K], h_ND.dtype)
     counts_W = (targets_NW >= 0).sum(0).clamp(min=1)
     coefficients_W = weights_W * _held(num_tokens) / counts_W
     products = _Fp8Products(table_VD, coefficients_W) if fp8 and num_tokens else _Products(table_VD)
@@ -145,7 +172,7 @@ def _head(
         part = slice(start, start + chunk_tokens)
         h_CD, targets_CW = h_ND[part].contiguous(), targets_NW[part].contiguous()
         logits_CV, narrow_CV = _row_pass(
-            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, bound, learns
+            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, bound, learns, weighing_2
         )
         if learns:
             products.hidden_gradient(logits_CV, narrow_CV, grad_h_ND[part])
@@ -154,6 +181,8 @@ def _head(
         del logits_CV, narrow_CV
     # A sum of its own for each set: how many others there are changes no bit of it.
     losses_W = torch.stack([nll_N.contiguous().sum() for nll_N in nll_NW.unbind(1)]) / counts_W
+    if learns and ids_K is not None:
+        grad_VD = grad_VD.new_zeros(weight_VD.shape).index_copy_(0, ids_K, grad_VD[:columns])
     return (weights_W * losses_W).sum(), losses_W, grad_h_ND, grad_VD[: len(weight_VD)]
 
 
@@ -166,6 +195,7 @@ def _row_pass(
     num_real: int,
     bound: list[float],
     learns: bool,
+    weighing_2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
     logits_CV = products.logits(h_CD)
@@ -178,6 +208,7 @@ def _row_pass(
         coefficients_W,
         products.grad_scale,
         nll_CW,
+        weighing_2,
         num_real,
         *bound,
         logits_CV.stride(0),
@@ -187,6 +218,7 @@ def _row_pass(
         LOW=0 < bound[0] <= LOW_HEIGHT,
         LEARNS=learns,
         NARROW=narrow_CV is not None,
+        SAMPLED=weighing_2 is not None,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
@@ -220,7 +252,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale = grad / ctx.held
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     grad_h_ND, grad_VD = ((held.float() * scale).to(dtype) for held, dtype in pairs)
-    return grad_h_ND, grad_VD, None, None, None, None, None, None, None
+    return grad_h_ND, grad_VD, None, None, None, None, None, None, None, None
 
 
 _head.register_autograd(_backward, setup_context=_save)

@@ -52,19 +52,25 @@ def _scored(raw, bound, BOUNDED: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @jit
-def _block(base, at, num_real, stride, bound, BOUNDED, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
+def _block(base, at, shared, BOUNDED, SAMPLED, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
     """`_scored` of the columns `at`; of a block that is not WHOLE, z is -inf where a column is not real,
-    whatever is there: its probability is 0, and so is its gradient.
+    whatever is there: its probability is 0, and so is its gradient. SAMPLED, the columns after the first
+    `num_targets` count exp2(log_weight) times. `shared` is what all rows have in common:
+    (num_real, stride, bound, (num_targets, log_weight)).
 
-    Its load is masked by the stride, a multiple of 16, and not by the vocabulary: a mask that can end between
+    The load is masked by the stride, a multiple of 16, and not by the vocabulary: a mask that can end between
     eight neighbours makes eight loads of one.
     """
+    num_real, stride, bound, (num_targets, log_weight) = shared
     if WHOLE:
         z, steep = _scored(tl.load(base + at, eviction_policy=EVICTION), bound, BOUNDED, True)
     else:
         raw = tl.load(base + at, mask=at < stride, other=0.0, eviction_policy=EVICTION)
         z, steep = _scored(tl.where(at < num_real, raw, 0.0), bound, BOUNDED, True)
         z = tl.where(at < num_real, z, -float("inf"))
+    if SAMPLED:
+        # A difference: for a plain comparison LLVM counts every column in a register of its own.
+        z += tl.where(at - num_targets < 0, 0.0, log_weight)
     return z, steep
 
 
@@ -76,38 +82,39 @@ def _joined(largest, total, z):
 
 
 @jit
-def _log_sum_exp(base, columns, num_real, stride, bound, BOUNDED, LOW, BLOCK: tl.constexpr):
+def _log_sum_exp(base, columns, shared, BOUNDED, LOW, SAMPLED, BLOCK: tl.constexpr):
     """Of one row, in bits."""
+    num_real = shared[0]
     whole = num_real // BLOCK * BLOCK
     if LOW:
         # No logit lies below exp(-height): nothing to find out first, and one sum over threads at the end.
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, whole, BLOCK):
-            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, True, "evict_last")
+            z, _steep = _block(base, start + columns, shared, BOUNDED, SAMPLED, True, "evict_last")
             sums += tl.exp2(z)
         for start in range(whole, num_real, BLOCK):
-            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, False, "evict_last")
+            z, _steep = _block(base, start + columns, shared, BOUNDED, SAMPLED, False, "evict_last")
             sums += tl.exp2(z)
         lse = tl.log2(tl.sum(sums, 0))
     else:
         largest = -float("inf")
         total = 0.0
         for start in range(0, whole, BLOCK):
-            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, True, "evict_last")
+            z, _steep = _block(base, start + columns, shared, BOUNDED, SAMPLED, True, "evict_last")
             largest, total = _joined(largest, total, z)
         for start in range(whole, num_real, BLOCK):
-            z, _steep = _block(base, start + columns, num_real, stride, bound, BOUNDED, False, "evict_last")
+            z, _steep = _block(base, start + columns, shared, BOUNDED, SAMPLED, False, "evict_last")
             largest, total = _joined(largest, total, z)
         lse = largest + tl.log2(total)
     return lse
 
 
 @jit
-def _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, WHOLE: tl.constexpr):
+def _turn(base, narrow, at, shared, lse, pull, scale, BOUNDED, NARROW, SAMPLED, WHOLE: tl.constexpr):
     """A block of the gradient of the log-sum-exp times `pull`, in place of the logits."""
-    z, steep = _block(base, at, num_real, stride, bound, BOUNDED, WHOLE, "evict_first")
+    z, steep = _block(base, at, shared, BOUNDED, SAMPLED, WHOLE, "evict_first")
     grad = tl.exp2(z - lse) * steep * pull
-    inside = None if WHOLE else at < stride
+    inside = None if WHOLE else at < shared[1]
     tl.store(base + at, grad.to(base.dtype.element_ty), mask=inside)
     if NARROW:
         tl.store(narrow + at, (grad * scale).to(narrow.dtype.element_ty), mask=inside)
@@ -121,6 +128,7 @@ def rows(
     coefficients,
     narrow_scale,
     nll,
+    sample,
     num_real,
     height,
     shift,
@@ -132,9 +140,13 @@ def rows(
     LOW: tl.constexpr,
     LEARNS: tl.constexpr,
     NARROW: tl.constexpr,
+    SAMPLED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: log-sum-exp, the loss of each set, then the gradient in place of the logits."""
+    """One program a row: log-sum-exp, the loss of each set, then the gradient in place of the logits.
+
+    SAMPLED, `sample` holds how many columns are targets and what is added to the others' logits, in bits.
+    """
     row = tl.program_id(0).to(tl.int64)
     base, narrow = logits + row * stride, narrow + row * stride
     columns = tl.arange(0, BLOCK)
@@ -142,7 +154,9 @@ def rows(
     bits = 1.4426950408889634
     slope = bits / width if BOUNDED else bits
     bound = (slope, shift * slope, height * bits)
-    lse = _log_sum_exp(base, columns, num_real, stride, bound, BOUNDED, LOW, BLOCK)
+    weighing = (tl.load(sample).to(tl.int32), tl.load(sample + 1)) if SAMPLED else (0, 0.0)
+    shared = (num_real, stride, bound, weighing)
+    lse = _log_sum_exp(base, columns, shared, BOUNDED, LOW, SAMPLED, BLOCK)
 
     sets = tl.arange(0, BLOCK_SETS)
     targets_W = tl.load(targets + row * SETS + sets, mask=sets < SETS, other=-1)
@@ -161,10 +175,10 @@ def rows(
         pull, whole = weight * steepest, num_real // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             at = start + columns
-            _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, True)
+            _turn(base, narrow, at, shared, lse, pull, scale, BOUNDED, NARROW, SAMPLED, True)
         for start in range(whole, stride, BLOCK):
             at = start + columns
-            _turn(base, narrow, at, num_real, stride, bound, lse, pull, scale, BOUNDED, NARROW, False)
+            _turn(base, narrow, at, shared, lse, pull, scale, BOUNDED, NARROW, SAMPLED, False)
         # What is a target's own, so that no other logit need be compared with it. Sets that share a target
         # store the same number there.
         same_WW = targets_W[:, None] == targets_W[None, :]

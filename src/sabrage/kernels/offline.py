@@ -144,20 +144,29 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "LOW": True,
         "LEARNS": True,
         "NARROW": False,
+        "SAMPLED": False,
+        # No pointer where there is no sample.
+        "sample": None,
         "BLOCK": cross_entropy_rows.BLOCK,
     }
+    sampled = {name: value for name, value in constants.items() if name != "sample"} | {"SAMPLED": True}
     kinds = {
         "": constants,
         ", high bound": constants | {"LOW": False},
         ", no bound": constants | {"LOW": False, "BOUNDED": False},
+        ", sampled": sampled,
+        ", sampled, no bound": sampled | {"LOW": False, "BOUNDED": False},
     }
     if capability >= (8, 9):
         kinds[", FP8"] = constants | {"NARROW": True}
+        kinds[", sampled, FP8"] = sampled | {"NARROW": True}
     return [
         Build(
             f"cross-entropy rows{kind}",
             cross_entropy_rows.rows,
-            types | {"narrow": "*fp8e5" if own["NARROW"] else "*bf16"},
+            types
+            | {"narrow": "*fp8e5" if own["NARROW"] else "*bf16"}
+            | ({"sample": "*fp32"} if own["SAMPLED"] else {}),
             own,
             cross_entropy_rows.NUM_WARPS,
             3,

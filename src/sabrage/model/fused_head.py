@@ -17,10 +17,24 @@ class FusedHead(TableHead):
 
     `fp8` runs the logits and the hidden gradient as FP8 products, in training only: a scale taken from a
     whole tensor lets every token see a little of all others.
+
+    `columns` (0: all) samples the vocabulary, in training only: the softmax runs over that many tokens, all
+    targets of the micro-batch and a uniform sample of the others, each counted (V - n) / (columns - n) times
+    for n distinct targets, which keeps the sum of exponentials unbiased (Bengio and Senecal 2008, IEEE Trans.
+    Neural Networks 19(4); see `sabrage.kernels.sampled_columns`). The training loss is then an estimate, its
+    expectation slightly below the exact loss, and every token's depends on the other targets of its
+    micro-batch. Evaluation is exact. From the size of the vocabulary on it is the plain head.
     """
 
     fp8: bool = False
+    columns: int = 0
     backend: KernelBackend = "auto"
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.columns < 0:
+            found.append(f"columns={self.columns} must be 0, for the whole vocabulary, or above")
+        return found
 
     def refusal(self, facts: DeviceFacts) -> str | None:
         if self.fp8 and not (facts.has_fp8 and choose_kernel(self.backend, facts) == "triton"):
@@ -44,7 +58,7 @@ class FusedProjection(Projection):
 
     def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
         super().__init__(part, dim=dim, vocab_size=vocab_size)
-        self.fp8, self.fused = part.fp8, part.backend == "triton"
+        self.fp8, self.fused, self.columns = part.fp8, part.backend == "triton", part.columns
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that are not -1."""
@@ -54,6 +68,7 @@ class FusedProjection(Projection):
     def losses(self, h_BTD: Tensor, targets_BTW: Tensor, weights_W: Tensor | None) -> tuple[Tensor, Tensor]:
         """(weighted total, mean loss of each of the W target sets), for objectives with several targets."""
         h_ND, targets_NW = h_BTD.flatten(0, -2), targets_BTW.flatten(0, -2)
+        columns = self.columns if self.training else 0
         if self.fused:
             return cross_entropy_head(
                 h_ND,
@@ -62,6 +77,7 @@ class FusedProjection(Projection):
                 weights_W=weights_W,
                 softcap=self.softcap,
                 rescale=self.rescale,
+                columns=columns,
                 fp8=self.fp8 and self.training,
             )
         return cross_entropy_head_reference(
@@ -71,4 +87,5 @@ class FusedProjection(Projection):
             weights_W=weights_W,
             softcap=self.softcap,
             rescale=self.rescale,
+            columns=columns,
         )

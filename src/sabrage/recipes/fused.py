@@ -1,4 +1,7 @@
-"""The fused kernels, each a part on the study base; the plain parts compute the same up to rounding."""
+"""The fused kernels, each a part on the study base; the plain parts compute the same up to rounding.
+
+The training loss of `sampled-head` alone is an estimate.
+"""
 
 from sabrage.attention.multi_head import MultiHead
 from sabrage.feedforward.fused_mlp import FusedMlp
@@ -14,6 +17,11 @@ MLP = (FusedMlp(zero_init=True),)
 
 fused = (
     variant("fused-head", "base with the cross-entropy head in chunks", head=HEAD),
+    variant(
+        "sampled-head",
+        "fused-head that trains on 16,384 columns: all targets and a sample of the other tokens",
+        head=FusedHead(columns=16384),
+    ),
     variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
     variant(
         "fused-rotary",

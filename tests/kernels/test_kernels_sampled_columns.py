@@ -1,0 +1,228 @@
+"""A sampled softmax: which columns it takes, what they count, and that the kernel computes just that."""
+
+import math
+
+import pytest
+import torch
+
+from sabrage.kernels import cross_entropy as head
+from sabrage.kernels.cases import Case
+from sabrage.kernels.catalogue import CROSS_ENTROPY
+from sabrage.kernels.sampled_columns import choose_columns
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
+)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+BOUNDS = [{}, {"softcap": 15.0}, {"rescale": (23.0, 5.0, 7.5)}, {"rescale": (100.0, 5.0, 20.0)}]
+# Odd in every size; sixty targets at most.
+CASE = Case("here", {"N": 31, "D": 32, "V": 217, "W": 2}, {"num_real": 211})
+
+
+def arguments(case: Case = CASE, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+    return CROSS_ENTROPY.inputs(case, torch.Generator(device).manual_seed(3), dtype) | case.options
+
+
+def outcome(function, given: dict, **changes: object) -> tuple[torch.Tensor, ...]:
+    """(total, losses, gradient of h, gradient of the weight)."""
+    given = given | changes
+    h, weight = (given[name].clone().requires_grad_() for name in ("h_ND", "weight_VD"))
+    total, losses_W = function(**(given | {"h_ND": h, "weight_VD": weight}))
+    total.backward()
+    return total.detach(), losses_W, h.grad, weight.grad
+
+
+def by_hand(
+    *, h_ND, weight_VD, targets_NW, weights_W, num_real, columns, softcap=None, rescale=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss in fp64, one target at a time, over the tokens chosen and not over columns."""
+    ids = choose_columns(targets_NW, num_real=num_real, num_columns=columns)[0].tolist()
+    targets = {target for target in targets_NW.flatten().tolist() if target >= 0}
+    taken = targets & set(ids)
+    others = sorted(set(ids) - targets)
+    weight = (num_real - len(targets)) / len(others) if others else 1.0
+    z_NV = head.bounded(h_ND.double() @ weight_VD.double().T, softcap, rescale)
+    z_NV = z_NV[:, :num_real]
+    normaliser_N = z_NV[:, sorted(taken)].exp().sum(1) + weight * z_NV[:, others].exp().sum(1)
+    means = []
+    for targets_N in targets_NW.unbind(1):
+        pairs = [(n, target) for n, target in enumerate(targets_N.tolist()) if target in taken]
+        losses = [normaliser_N[n].log() - z_NV[n, target] for n, target in pairs]
+        means.append(torch.stack(losses).mean())
+    losses_W = torch.stack(means)
+    return (weights_W * losses_W).sum(), losses_W.detach()
+
+
+def assert_near(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> None:
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("bound", BOUNDS, ids=str)
+@pytest.mark.parametrize("columns", [64, 131, 210, 20], ids=["few", "odd", "all but one", "too few"])
+def test_the_loss_and_its_gradients_are_those_computed_by_hand(
+    columns: int, bound: dict, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    monkeypatch.setattr(head, "BLOCK", 64)
+    given = arguments() | bound | {"columns": columns}
+    exact = outcome(by_hand, given)
+    assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=9), exact)
+    assert_near(outcome(head.cross_entropy_head_reference, given), exact)
+
+
+@interpreted
+def test_only_the_chosen_rows_have_a_gradient() -> None:
+    given = arguments()
+    ids_K, _, _ = choose_columns(given["targets_NW"], num_real=211, num_columns=80)
+    weight_grad = outcome(head.cross_entropy_head, given, columns=80)[3]
+    assert weight_grad.any(1).nonzero().flatten().tolist() == sorted(ids_K.tolist())
+
+
+@interpreted
+@pytest.mark.parametrize("function", [head.cross_entropy_head, head.cross_entropy_head_reference])
+@pytest.mark.parametrize("columns", [211, 212, 50000])
+def test_as_many_columns_as_tokens_are_the_whole_softmax_bit_for_bit(columns: int, function) -> None:
+    whole, sampled = (outcome(function, arguments(), columns=count) for count in (0, columns))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sampled, whole, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [80, 20], ids=["enough", "too few"])
+@pytest.mark.parametrize("target", [211, 216, 10**9])
+def test_a_target_outside_the_vocabulary_is_loud_in_its_set(target: int, columns: int) -> None:
+    given = arguments() | {"columns": columns}
+    given["targets_NW"][4, 0] = target
+    total, losses_W = head.cross_entropy_head(**given)
+    assert total.isnan()
+    assert losses_W.isnan().tolist() == [True, False]
+
+
+def test_targets_are_the_first_columns_and_all_others_once_at_most() -> None:
+    targets_NW = torch.tensor([[5, 90], [-1, 5], [7, 0], [99, -1]])
+    ids_K, columns_NW, weighing_2 = choose_columns(targets_NW, num_real=100, num_columns=20)
+    assert ids_K.unique().numel() == 20
+    assert set(ids_K[:5].tolist()) == {0, 5, 7, 90, 99}
+    assert torch.equal(columns_NW < 0, targets_NW < 0)
+    assert torch.equal(ids_K[columns_NW[targets_NW >= 0]], targets_NW[targets_NW >= 0])
+    torch.testing.assert_close(weighing_2, torch.tensor([5.0, math.log2(95 / 15)]))
+
+
+def test_of_too_many_targets_a_sample_stays_and_nothing_weighs_more() -> None:
+    targets_NW = torch.arange(30)[:, None]
+    ids_K, columns_NW, weighing_2 = choose_columns(targets_NW, num_real=100, num_columns=20)
+    left_N = columns_NW[:, 0] >= 0
+    assert left_N.nonzero().flatten().tolist() == sorted(ids_K.tolist())
+    assert torch.equal(ids_K[columns_NW[left_N, 0]], targets_NW[left_N, 0])
+    assert weighing_2.tolist() == [30.0, 0.0]
+
+
+def test_as_many_targets_as_columns_leave_no_sample() -> None:
+    targets_NW = torch.arange(20)[:, None]
+    ids_K, _, weighing_2 = choose_columns(targets_NW, num_real=100, num_columns=20)
+    assert sorted(ids_K.tolist()) == list(range(20))
+    assert weighing_2.tolist() == [20.0, 0.0]
+
+
+def draws(count: int, *, num_real: int, num_columns: int):
+    """(targets, columns) of batches with the same four distinct targets in other places; 7 is at row 0."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        places_N = torch.randint(4, (40,), generator=generator)
+        places_N[:4] = torch.arange(4)
+        targets_NW = torch.tensor([7, 0, 30, 99])[places_N][:, None]
+        yield targets_NW, choose_columns(targets_NW, num_real=num_real, num_columns=num_columns)[0]
+
+
+def test_every_other_token_is_drawn_equally_often() -> None:
+    count, drawn_V = 3000, torch.zeros(100)
+    for _, ids_K in draws(count, num_real=100, num_columns=28):
+        drawn_V[ids_K] += 1
+    other_V = torch.ones(100, dtype=torch.bool).index_fill(0, torch.tensor([7, 0, 30, 99]), False)
+    assert (drawn_V[~other_V] == count).all()
+    share = 24 / 96
+    squares = ((drawn_V[other_V] - count * share) ** 2 / (count * share * (1 - share))).sum()
+    # Chi-squared of 96 tokens: 95 and 14 are its mean and deviation.
+    assert abs(squares - 95) < 4 * 14
+
+
+def test_the_sum_of_exponentials_is_unbiased() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight_VD = torch.randn(100, 16, generator=generator)
+    h_ND = torch.randn(1, 16, generator=generator).expand(40, 16) / 4
+    z_V = (weight_VD @ h_ND[0]).double()
+    estimates = []
+    for targets_NW, _ in draws(1000, num_real=100, num_columns=28):
+        alone_NW = torch.full_like(targets_NW, -1)
+        alone_NW[0] = 7
+        # A second set for what else is a target; the first row's loss is the first set's mean.
+        pair_NW = torch.cat((alone_NW, targets_NW), 1)
+        _, losses_W = head.cross_entropy_head_reference(h_ND, weight_VD, pair_NW, columns=28)
+        estimates.append((losses_W[0].double() + z_V[7]).exp())
+    found = torch.stack(estimates)
+    error = found.std() / len(found) ** 0.5
+    exact = z_V.exp().sum()
+    assert abs(found.mean() - exact) < 4 * error
+    # Were the weight 1 and not 4, the mean would be off by most of the sum.
+    assert error < 0.01 * exact
+    assert found.log().mean() < exact.log()
+
+
+def test_equal_targets_draw_the_same_and_others_something_else() -> None:
+    targets_NW = arguments()["targets_NW"]
+
+    def drawn(targets_NW: torch.Tensor) -> list[int]:
+        return choose_columns(targets_NW, num_real=211, num_columns=100)[0].tolist()
+
+    torch.manual_seed(0)
+    first = drawn(targets_NW)
+    torch.manual_seed(1)
+    assert drawn(targets_NW.clone()) == first
+    other_NW = targets_NW.clone()
+    other_NW[0, 0] = targets_NW[1, 0]
+    assert drawn(other_NW) != first
+    assert drawn(targets_NW.flip(0)) != first
+
+
+def test_a_compiled_draw_is_the_eager_one() -> None:
+    targets_NW = arguments()["targets_NW"]
+    compiled = torch.compile(choose_columns, fullgraph=True, dynamic=False)
+    found = compiled(targets_NW, num_real=211, num_columns=100)
+    for ours, theirs in zip(found, choose_columns(targets_NW, num_real=211, num_columns=100), strict=True):
+        assert torch.equal(ours, theirs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("columns", [4096, 16384, 300], ids=["whole blocks", "GPT-2", "too few"])
+@pytest.mark.parametrize("bound", BOUNDS, ids=str)
+def test_a_sample_on_the_device_is_the_one_computed_by_hand(bound: dict, columns: int) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    case = Case("device", {"N": 777, "D": 64, "V": 50304, "W": 2}, {"num_real": 50257})
+    given = arguments(case, device="cuda") | bound | {"columns": columns}
+    on_host = {name: value.cpu() if torch.is_tensor(value) else value for name, value in given.items()}
+    assert torch.equal(
+        *(
+            choose_columns(each["targets_NW"], num_real=50257, num_columns=columns)[0].cpu()
+            for each in (given, on_host)
+        )
+    )
+    found = outcome(head.cross_entropy_head, given, chunk_tokens=256)
+    exact = outcome(by_hand, on_host)
+    for ours, theirs in zip(found, exact, strict=True):
+        error = (ours.cpu().double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 1e-4
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_choosing_columns_never_waits_for_the_device() -> None:
+    targets_NW = arguments(device="cuda")["targets_NW"]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids_K, _, _ = choose_columns(targets_NW, num_real=50257, num_columns=16384)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert ids_K.unique().numel() == 16384
