@@ -61,7 +61,8 @@ def _block(base, at, shared, BOUNDED, SAMPLED, WHOLE: tl.constexpr, EVICTION: tl
     The load is masked by the stride, a multiple of 16, and not by the vocabulary: a mask that can end between
     eight neighbours makes eight loads of one.
     """
-    num_real, stride, bound, (num_targets, log_weight) = shared
+    num_real, stride, bound, weighing = shared
+    num_targets, log_weight = weighing
     if WHOLE:
         z, steep = _scored(tl.load(base + at, eviction_policy=EVICTION), bound, BOUNDED, True)
     else:
