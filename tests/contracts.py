@@ -57,6 +57,7 @@ def shrink(recipe: Recipe) -> Recipe:
         ),
         precision=Fp32(),
         budget=Budget(evaluate_every=0, evaluation_tokens=512, evaluation_length=LENGTH),
+        blend=recipe.blend and replace(recipe.blend, held_out=2048, steps=20, batch=256),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Candidates
 from sabrage.blend.neighbours import Memory, Neighbours
 from sabrage.config import ConfigError, from_json, to_json
 from sabrage.train import blended
@@ -15,6 +16,7 @@ from sabrage.train.loop import build_learner, make_evaluator
 from sabrage.train.world import World
 
 SMALL = Blend(held_out=1500, hidden=8, steps=60, batch=256)
+CANDIDATES = Candidates(followers=2, likeliest=4, hidden=8)
 
 
 @pytest.fixture
@@ -159,7 +161,31 @@ def test_each_kind_of_expert_helps_alone(blending, parts, alone):
     assert mixed < network
 
 
-@pytest.mark.parametrize("more", [{}, {"neighbours": Neighbours()}])
+@pytest.mark.parametrize("alone", [{"text_orders": 7}, {"document_orders": 3}, {"seen": True}])
+def test_candidates_help_beside_each_kind_of_expert(blending, parts, alone):
+    corpus, evaluator = parts
+    losses = []
+    for candidates in (None, CANDIDATES):
+        recipe = replace(blending, blend=replace(SMALL, **NONE | alone, candidates=candidates))
+        losses.append(blended.blend(recipe, evaluator, corpus, 12, say=print).losses())
+    (plain, network), (rescored, same_network) = losses
+    assert network == same_network
+    assert rescored < plain
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [(None, CANDIDATES), (CANDIDATES, None), (CANDIDATES, replace(CANDIDATES, likeliest=5))],
+)
+def test_a_blend_with_other_candidates_is_refused(tmp_path, blending, parts, saved, wanted):
+    corpus, evaluator = parts
+    recipes = [replace(blending, blend=replace(SMALL, candidates=part)) for part in (saved, wanted)]
+    blended.save(tmp_path, blended.blend(recipes[0], evaluator, corpus, 12, say=print), step=12)
+    with pytest.raises(blended.CheckpointError, match=r"its gate was fitted with candidates=.*remove it"):
+        blended.load(tmp_path, recipes[1], evaluator, corpus, step=12)
+
+
+@pytest.mark.parametrize("more", [{}, {"neighbours": Neighbours()}, {"candidates": CANDIDATES}])
 def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts, more):
     corpus, evaluator = parts
     blending = replace(blending, blend=replace(SMALL, **more))
@@ -225,7 +251,9 @@ def test_a_large_vocabulary_is_refused(blending):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpu_says_what_the_cpu_says(blending):
+@pytest.mark.parametrize("candidates", [None, CANDIDATES])
+def test_the_gpu_says_what_the_cpu_says(blending, candidates):
+    blending = replace(blending, blend=replace(SMALL, candidates=candidates))
     corpus, found = blending.data.open(), []
     for device in ("cpu", "cuda"):
         world = World(torch.device(device))

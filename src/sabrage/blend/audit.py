@@ -5,11 +5,13 @@ comes after it, on other rows or on earlier documents of its row.
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Offered
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
@@ -26,8 +28,10 @@ def fault(part: Blend) -> str | None:
     whole = said(tokens_BT, targets_BT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        gate = Gate(whole.features_NF.shape[1], whole.log_NE.shape[1], 8).requires_grad_(False)
+        gate = Gate.of(whole, hidden=8, rescoring_hidden=8).requires_grad_(False)
         gate.outer.weight.normal_()
+        if gate.rescoring is not None:
+            gate.rescoring.outer.weight.normal_()
     for row, place in ((row, place) for row in range(ROWS) for place in (0, 1, 5, LENGTH // 2, LENGTH - 1)):
         before_BT = tokens_BT[row : row + 1, : place + 1].expand(VOCABULARY, -1)
         each_BT = targets_BT[row : row + 1, : place + 1].repeat(VOCABULARY, 1)
@@ -41,6 +45,11 @@ def fault(part: Blend) -> str | None:
             return f"what is said after {place + 1} tokens depends on later ones, or on other rows"
         if not all(torch.equal(x, x[:1].expand_as(x)) for x in (asked.known_NE, asked.features_NF)):
             return f"the gate's features after {place + 1} tokens depend on the token that is scored"
+        each = asked.candidates
+        if each is not None and not all(
+            torch.equal(x, x[:1].expand_as(x)) for x in (each.log_NC, each.features_NCX)
+        ):
+            return f"the candidates after {place + 1} tokens depend on the token that is scored"
     middle = LENGTH // 2
     second = said(tokens_BT[:, middle:], targets_BT[:, middle:])
     kept = whole[(torch.arange(ROWS * LENGTH) % LENGTH) >= middle]
@@ -88,9 +97,12 @@ def same(one: Evidence, other: Evidence) -> bool:
     """Whether two pieces of evidence are equal up to rounding."""
     if not torch.equal(one.known_NE, other.known_NE):
         return False
-    pairs = (
+    pairs = [
         (torch.where(one.known_NE, one.log_NE, 0.0), torch.where(other.known_NE, other.log_NE, 0.0)),
         (one.features_NF, other.features_NF),
         (one.network_N, other.network_N),
-    )
+    ]
+    if one.candidates and other.candidates:
+        names = (field.name for field in fields(Offered))
+        pairs += [(getattr(one.candidates, name), getattr(other.candidates, name)) for name in names]
     return all(torch.allclose(left, right, atol=1e-4) for left, right in pairs)

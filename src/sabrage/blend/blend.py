@@ -8,6 +8,7 @@ the mixture. All of that is training time. Neither the gate nor the counts ever 
 
 from dataclasses import dataclass
 
+from sabrage.blend.candidates import Candidates
 from sabrage.blend.grams import LONGEST, largest_vocabulary
 from sabrage.blend.neighbours import Neighbours
 from sabrage.config import Part
@@ -18,7 +19,8 @@ class Blend(Part):
     """Experts for contexts of 1 to `text_orders` tokens in the training text and, in the document so far, for
     `document_orders` contexts of 0, 1, 2 ... tokens; with `seen` the network restricted to tokens of the
     document, and for each sharpness in `cache` the tokens that followed states like the present one; with
-    `neighbours` the same of the training text.
+    `neighbours` the same of the training text. With `candidates` the network's own probabilities are changed
+    first, token by token.
 
     The newest `text_tokens` tokens of the training text are counted, and `unseen_tokens` that come after
     those of the gate and that the network was not trained on: counting is a hundred times as fast. It takes
@@ -34,6 +36,7 @@ class Blend(Part):
     seen: bool = True
     cache: tuple[float, ...] = (10.0, 20.0, 40.0)
     neighbours: Neighbours | None = None
+    candidates: Candidates | None = None
     held_out: int = 524_288
     hidden: int = 64
     steps: int = 384

@@ -6,48 +6,44 @@ Counting experts look up the last k tokens, in the training text (k from 1) or i
     p(token) = hits / count,    count = occurrences of the context, hits = those that went on with the token
 
 and say nothing where the context was never seen. Two more make use of the network, see `neural`, and a third
-kind of its states in the training text, see `neighbours`. A context ends at the beginning of its row and
-document, so that experts see what the network sees.
+kind of its states in the training text, see `neighbours`. What is known of single candidates for the next
+token is evidence as well, see `candidates`. A context ends at the beginning of its row and document, so that
+experts see what the network sees.
 
 Shapes: B rows, T tokens in a row, N = B T, E experts, F features, D width of the network.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Offered, listed, offered
+from sabrage.blend.columns import Columns
 from sabrage.blend.grams import Grams
 from sabrage.blend.neighbours import Memory
 from sabrage.blend.neural import Rows, cached, network_says
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Columns):
     """Of N scored tokens: what each expert and the network say of it, and what the gate may look at.
 
     `log_NE` and `network_N` are log-probabilities of the token, in nats; `known_NE` says which experts say
     anything. Nothing in `known_NE` and `features_NF` depends on the scored token or on what comes after it.
+    `candidates` are there where the network is rescored.
     """
 
     log_NE: Tensor
     known_NE: Tensor
     features_NF: Tensor
     network_N: Tensor
+    candidates: Offered | None = None
 
     def __len__(self) -> int:
         return len(self.network_N)
-
-    def __getitem__(self, chosen: Tensor | slice) -> Self:
-        return type(self)(*(getattr(self, field.name)[chosen] for field in fields(self)))
-
-    @classmethod
-    def joined(cls, pieces: Sequence[Self]) -> Self:
-        """One after another."""
-        return cls(*(torch.cat([getattr(piece, field.name) for piece in pieces]) for field in fields(cls)))
 
 
 @torch.no_grad()
@@ -70,11 +66,9 @@ def evidence_of(
     """
     depth_BT, group_BT = depths(tokens_BT, documents_BT)
     rows = Rows(tokens_BT, targets_BT.clamp(min=0), group_BT, depth_BT, h_BTD)
-    counts, features = [], []
-    if grams is not None:
-        for count_N, hits_N, seen_NX in in_text(grams, part.text_orders, rows):
-            counts.append((count_N, hits_N))
-            features.append(seen_NX)
+    text = in_text(grams, part.text_orders, rows) if grams is not None else []
+    counts = [(count_N, hits_N) for count_N, hits_N, _ in text]
+    features = [seen_NX for _, _, seen_NX in text]
     for count_N, hits_N in in_document(part.document_orders, rows, vocab_size):
         counts.append((count_N, hits_N))
         features.append(tamed(count_N)[:, None])
@@ -83,7 +77,11 @@ def evidence_of(
     first_BT = None
     if part.seen:
         first_BT = earlier((group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
-    says = network_says(head, rows, first_BT)
+    listed_NL, likeliest = None, 0
+    if part.candidates:
+        listed_NL = listed(grams, part.text_orders, part.candidates.followers, rows)
+        likeliest = part.candidates.likeliest
+    says = network_says(head, rows, first_BT, listed_NL, likeliest)
     features.append(says.features_NX)
     if part.seen:
         logs.append(says.restricted_N)
@@ -98,14 +96,18 @@ def evidence_of(
         logs += log_NS.unbind(1)
         known += [features_NX[:, 0] > -1] * log_NS.shape[1]
         features.append(features_NX)
-    return Evidence(torch.stack(logs, 1), torch.stack(known, 1), torch.cat(features, 1), says.log_N)
+    table = torch.stack(logs, 1), torch.stack(known, 1), torch.cat(features, 1), says.log_N
+    if says.candidates is None:
+        return Evidence(*table)
+    text_counts = [count_N for count_N, _, _ in text]
+    return Evidence(*table, offered(rows, grams, text_counts, says.candidates, vocab_size))
 
 
 def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(count, hits, features) of contexts of 1 to `orders` tokens in the counted text, (N,), (N,), (N, 3)."""
     found = []
     for order in range(1, orders + 1):
-        context = [rows.tokens_BT.roll(back, 1) for back in range(order - 1, -1, -1)]
+        context = rows.context(order)
         count_BT, ways_BT = grams.count(context)
         hits_BT, _ = grams.count([*context, rows.targets_BT])
         deep_BT = rows.depth_BT >= order

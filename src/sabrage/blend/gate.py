@@ -5,23 +5,32 @@
 over the network and those experts that know their context. Interpolation of models with weights by
 context is Jelinek and Mercer's (1980); a network's share of it by its own uncertainty is that of pointer and
 cache models (Grave et al. 2017, arXiv 1612.04426). All parts are distributions over the vocabulary and the
-weights know nothing of the token, so the mixture is one as well.
+weights know nothing of the token, so the mixture is one as well. Where the evidence has candidates, the
+network takes part as `rescoring` leaves it, and both are fitted as one.
 """
+
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.blend.evidence import Evidence
+from sabrage.blend.rescoring import Rescoring
 
 # The network's share before anything is fitted: e^3 parts to one of each expert.
 HEAD_START = 3.0
 
 
 class Gate(nn.Module):
-    """forward(evidence) -> log-probabilities (N,), in nats."""
+    """forward(evidence) -> log-probabilities (N,), in nats.
 
-    def __init__(self, num_features: int, num_experts: int, hidden: int) -> None:
+    `rescoring` is (features, hidden units) of what looks at candidates, None without them.
+    """
+
+    def __init__(
+        self, num_features: int, num_experts: int, hidden: int, rescoring: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.inner = nn.Linear(num_features, hidden)
         self.outer = nn.Linear(hidden, 1 + num_experts)
@@ -29,6 +38,15 @@ class Gate(nn.Module):
         nn.init.zeros_(self.outer.bias)
         with torch.no_grad():
             self.outer.bias[0] = HEAD_START
+        self.rescoring = Rescoring(num_features, *rescoring) if rescoring else None
+
+    @classmethod
+    def of(cls, evidence: Evidence, *, hidden: int, rescoring_hidden: int) -> Self:
+        """A gate before it is fitted, of the shape that the evidence asks for."""
+        rescoring = None
+        if evidence.candidates is not None:
+            rescoring = evidence.candidates.features_NCX.shape[2], rescoring_hidden
+        return cls(evidence.features_NF.shape[1], evidence.log_NE.shape[1], hidden, rescoring)
 
     def shares(self, evidence: Evidence) -> Tensor:
         """Logarithms of what the network and each expert are given, (N, 1 + E)."""
@@ -36,16 +54,29 @@ class Gate(nn.Module):
         return raw.masked_fill(F.pad(~evidence.known_NE, (1, 0)), -torch.inf).log_softmax(1)
 
     def forward(self, evidence: Evidence) -> Tensor:
-        each = torch.cat((evidence.network_N[:, None], evidence.log_NE), 1)
+        network_N = evidence.network_N
+        assert (self.rescoring is None) == (evidence.candidates is None)
+        if self.rescoring is not None and evidence.candidates is not None:
+            network_N = self.rescoring(network_N, evidence.features_NF, evidence.candidates)
+        each = torch.cat((network_N[:, None], evidence.log_NE), 1)
         return torch.logsumexp(self.shares(evidence) + each, 1)
 
 
-def fit(evidence: Evidence, *, hidden: int, steps: int, batch: int, lr: float, seed: int) -> Gate:
+def fit(
+    evidence: Evidence,
+    *,
+    hidden: int,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    rescoring_hidden: int = 0,
+) -> Gate:
     """A gate for which the evidence's tokens are likely: AdamW on random batches, its rate falling to 0."""
     device = evidence.network_N.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = Gate(evidence.features_NF.shape[1], evidence.log_NE.shape[1], hidden).to(device)
+        gate = Gate.of(evidence, hidden=hidden, rescoring_hidden=rescoring_hidden).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))

@@ -47,20 +47,39 @@ class Grams:
         self.eights_before = running(counts)
 
     def count(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(occurrences, distinct ways to go on) of runs of 1 to 8 tokens, as many tensors of any one shape.
+        """(occurrences, distinct ways to go on) of runs of 1 to 8 tokens, as many tensors.
 
+        Their shapes are broadcast: one context, (N, 1), and many tokens after it, (N, C), are looked up so.
         Ways to go on are counted up to the end of the four or of the eight tokens that the run begins.
         """
         assert 1 <= len(run) <= LONGEST, len(run)
-        low, high = self.interval(run[:FOUR])
         if len(run) <= FOUR:
+            low, high = self.interval(run)
             return self.fours_before[high] - self.fours_before[low], high - low
-        first, known = low, high > low
-        low, high = self.interval(run[FOUR:])
-        places = len(self.fours)
-        low, high = (torch.searchsorted(self.eights, first * places + place) for place in (low, high))
-        occurrences = self.eights_before[high] - self.eights_before[low]
-        return torch.where(known, occurrences, 0), torch.where(known, high - low, 0)
+        low, high = self.pairs(run)
+        return self.eights_before[high] - self.eights_before[low], high - low
+
+    def followers(self, run: Sequence[Tensor], most: int) -> tuple[Tensor, Tensor]:
+        """(tokens that followed runs of 1 to 7 tokens, (N, most); whether a run occurs at all, (N,)).
+
+        `run` is as many tensors (N,). The occurrences of a run, sorted by what followed, are asked at the
+        middles of `most` equal parts: a token that followed in a share of 1 / most of them or more is found,
+        and one with a larger share several times. Of a run that never occurs the tokens mean nothing.
+        """
+        assert 1 <= len(run) < LONGEST, len(run)
+        short = len(run) < FOUR
+        low_N, high_N = self.interval(run) if short else self.pairs(run)
+        before = self.fours_before if short else self.eights_before
+        start_N, total_N = before[low_N].long(), (before[high_N] - before[low_N]).long()
+        odd = torch.arange(1, 2 * most, 2, device=start_N.device)
+        at_NM = start_N[:, None] + odd * total_N[:, None] // (2 * most)
+        place_NM = torch.searchsorted(before, at_NM.int(), right=True) - 1
+        # Of a run behind all others the place is one too many.
+        place_NM = place_NM.clamp(max=len(before) - 2)
+        if not short:
+            place_NM = self.eights[place_NM] % len(self.fours)
+        digit = self.vocab_size ** (FOUR - 1 - len(run) % FOUR)
+        return self.fours[place_NM] // digit % self.vocab_size, total_N > 0
 
     def interval(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The places in the table of fours, from the first to before the second, that begin with `run`."""
@@ -70,6 +89,14 @@ class Grams:
         width = self.vocab_size ** (FOUR - len(run))
         low, high = (torch.searchsorted(self.fours, end * width) for end in (number, number + 1))
         return low, high
+
+    def pairs(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `interval`, of 4 to 8 tokens in the table of eights."""
+        first, end = self.interval(run[:FOUR])
+        places = len(self.fours)
+        rest = self.interval(run[FOUR:]) if len(run) > FOUR else (0, places)
+        low, high = (torch.searchsorted(self.eights, first * places + place) for place in rest)
+        return low, torch.where(end > first, high, low)
 
 
 def running(counts: Tensor) -> Tensor:

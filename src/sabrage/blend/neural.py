@@ -1,4 +1,4 @@
-"""What the network says itself, and two experts made from it.
+"""What the network says itself, of the target and of candidates, and two experts made from it.
 
 - `seen`: the network's own distribution, restricted to tokens that the document has shown so far,
   p(token) = p_network(token) / (its sum over the tokens seen): repeating oneself is more likely than a small
@@ -32,6 +32,13 @@ class Rows:
     depth_BT: Tensor
     h_BTD: Tensor
 
+    def context(self, length: int) -> list[Tensor]:
+        """The last `length` tokens at each place, the oldest first, (B, T) each.
+
+        Where fewer stand in the row, those before it come from its end: ask `depth_BT` first.
+        """
+        return [self.tokens_BT.roll(back, 1) for back in range(length - 1, -1, -1)]
+
     def pieces(self) -> list[tuple[int, int, int]]:
         """(row, first, end) of stretches that are worked on at once, all of them in order."""
         rows, length = self.tokens_BT.shape
@@ -48,16 +55,30 @@ class Rows:
 
 @dataclass(frozen=True)
 class Says:
-    """Log-probabilities of the targets, of the network and of it restricted, and features for the gate."""
+    """Log-probabilities of the targets, of the network and of it restricted, and features for the gate.
+
+    `candidates` are tokens and their log-probabilities, (N, C) both, as `union` has them.
+    """
 
     log_N: Tensor
     restricted_N: Tensor
     features_NX: Tensor
+    candidates: tuple[Tensor, Tensor] | None
 
 
-def network_says(head: Callable[[Tensor], Tensor], rows: Rows, first_BT: Tensor | None) -> Says:
-    """`first_BT` tells where a token stands for the first time in its document; None: nothing restricted."""
-    logs, restricted, features = [], [], []
+def network_says(
+    head: Callable[[Tensor], Tensor],
+    rows: Rows,
+    first_BT: Tensor | None,
+    listed_NL: Tensor | None = None,
+    likeliest: int = 0,
+) -> Says:
+    """`first_BT` tells where a token stands for the first time in its document; None: nothing restricted.
+
+    `listed_NL` are tokens, or -1, that are candidates beside the network's `likeliest`; None: no candidates.
+    """
+    logs, restricted, features, candidates = [], [], [], []
+    length = rows.tokens_BT.shape[1]
     for row, first, end in rows.pieces():
         log_MV = head(rows.h_BTD[row, first:end]).float().log_softmax(1)
         targets_M1 = rows.targets_BT[row, first:end, None]
@@ -71,10 +92,32 @@ def network_says(head: Callable[[Tensor], Tensor], rows: Rows, first_BT: Tensor 
             member_M = (mask_MS & (tokens_S == targets_M1)).any(1)
             restricted.append(torch.where(member_M, log_M - share_M, -torch.inf))
             seen.append(share_M)
+        if listed_NL is not None:
+            listed_ML = listed_NL[row * length + first : row * length + end]
+            candidates.append(union(log_MV, listed_ML, likeliest))
         logs.append(log_M)
         features.append(torch.stack(seen, 1))
     log_N = torch.cat(logs)
-    return Says(log_N, torch.cat(restricted) if restricted else log_N, torch.cat(features))
+    tokens, log_each = ([pair[which] for pair in candidates] for which in (0, 1))
+    return Says(
+        log_N,
+        torch.cat(restricted) if restricted else log_N,
+        torch.cat(features),
+        (torch.cat(tokens), torch.cat(log_each)) if candidates else None,
+    )
+
+
+def union(log_MV: Tensor, listed_ML: Tensor, likeliest: int) -> tuple[Tensor, Tensor]:
+    """Each token that is listed or among the `likeliest` once, and its log-probability, (M, C) both.
+
+    They are sorted; a token of -1 and a log-probability of -inf stand for none.
+    """
+    likely_MK = log_MV.topk(min(likeliest, log_MV.shape[1]), 1, sorted=False).indices
+    sorted_MC = torch.cat((listed_ML, likely_MK), 1).sort(1).values
+    again_MC = F.pad(sorted_MC[:, 1:] == sorted_MC[:, :-1], (1, 0))
+    tokens_MC = sorted_MC.masked_fill(again_MC, -1)
+    log_MC = log_MV.gather(1, tokens_MC.clamp(min=0)).masked_fill(tokens_MC < 0, -torch.inf)
+    return tokens_MC, log_MC
 
 
 def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:

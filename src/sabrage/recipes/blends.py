@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Candidates
 from sabrage.blend.neighbours import Neighbours
 from sabrage.recipes.base import base
 
@@ -19,5 +20,11 @@ blends = (
         name="blend-neighbours",
         summary="blend, and what followed the states of the training text that are like the present one",
         blend=Blend(neighbours=Neighbours()),
+    ),
+    replace(
+        base,
+        name="blend-candidates",
+        summary="blend, and likely tokens are looked at one by one to change what the network says of them",
+        blend=Blend(candidates=Candidates()),
     ),
 )

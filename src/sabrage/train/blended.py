@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Candidates
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
 from sabrage.blend.neighbours import Memory
-from sabrage.config import ConfigError
+from sabrage.config import ConfigError, from_json, to_json
 from sabrage.data.stream import sufficiency
 from sabrage.parts import Corpus
 from sabrage.recipe import Recipe
@@ -77,7 +78,13 @@ class Blended:
             evidence = Evidence.joined(list(self.evidence(text)))
         part = self.part
         self.gate = fit(
-            evidence, hidden=part.hidden, steps=part.steps, batch=part.batch, lr=part.lr, seed=seed
+            evidence,
+            hidden=part.hidden,
+            steps=part.steps,
+            batch=part.batch,
+            lr=part.lr,
+            seed=seed,
+            rescoring_hidden=part.candidates.hidden if part.candidates else 0,
         )
 
     def evidence(self, text: np.ndarray | None = None) -> Iterator[Evidence]:
@@ -188,7 +195,10 @@ def save(folder: Path, made: Blended, *, step: int) -> None:
     assert made.gate is not None
     place = folder / FILE
     tensors = {name: tensor.cpu().contiguous() for name, tensor in made.gate.state_dict().items()}
-    meta = {"blend": json.dumps({"blocks": made.blocks, "step": step, "tensors": list(tensors)})}
+    told = {"blocks": made.blocks, "step": step, "tensors": list(tensors)}
+    if made.part.candidates:
+        told["candidates"] = to_json(made.part.candidates)
+    meta = {"blend": json.dumps(told)}
     try:
         with whole(place) as temporary:
             save_file(tensors, temporary, metadata=meta)
@@ -217,8 +227,12 @@ def load(
         (hidden, features), experts = tensors["inner.weight"].shape, len(tensors["outer.bias"]) - 1
         if experts != recipe.blend.num_experts():
             raise ValueError(f"its gate has {experts} experts")
+        candidates = from_json(told.get("candidates"), Candidates | None, path="candidates")
+        if candidates != recipe.blend.candidates:
+            raise ValueError(f"its gate was fitted with candidates={candidates}")
+        rescoring = tensors["rescoring.each.weight"].shape[::-1] if candidates else None
         made = counted(recipe, evaluator, corpus, told["blocks"])
-        made.gate = Gate(features, experts, hidden).requires_grad_(False)
+        made.gate = Gate(features, experts, hidden, rescoring).requires_grad_(False)
         made.gate.load_state_dict(tensors)
         made.gate.to(evaluator.world.device)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
