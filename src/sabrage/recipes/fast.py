@@ -39,6 +39,7 @@ from dataclasses import replace
 from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
 from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Candidates
 from sabrage.feedforward.mlp import Mlp
 from sabrage.model.ends import TokenTable
 from sabrage.model.fused_head import FusedHead
@@ -59,7 +60,7 @@ NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512)
 # As long as a row in training, so that the longer rows of validation hold no distance that is new. Half of a
 # key does not turn and is that of the token before: what followed this token earlier takes one layer to find.
 FAR = replace(NEAR, window=2048, rotary=Rotary(share=0.5), key_offset=True)
-HEAD = FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True)
+HEAD = FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True, columns=24_576)
 
 fast = replace(
     base,
@@ -68,7 +69,7 @@ fast = replace(
     data=replace(base.data, order="documents", block_tokens=65_536),
     model=replace(
         base.model,
-        layers=10,
+        layers=11,
         embedding=BigramHash(inner=TokenTable(normalise=True)),
         mixers=(NEAR, NEAR, NEAR, NEAR, FAR),
         feedforwards=(Mlp(activation="relu_squared", zero_init=True),),
@@ -103,14 +104,14 @@ fast = replace(
         ),
     ),
     plan=Plan(
-        steps=1440,
-        lr=Trapezoid(warmup=40, warmdown=864, floor=0.03),
-        tokens_per_step=Stages(values=(65_536, 131_072), starts=(0, 720)),
+        steps=1452,
+        lr=Trapezoid(warmup=40, warmdown=871, floor=0.03),
+        tokens_per_step=Stages(values=(65_536, 131_072), starts=(0, 726)),
         sequence_length=2048,
         momentum=Ramp(first=0.85, last=0.95, rise=280, fall=70),
     ),
     budget=Budget(evaluate_every=240, evaluation_length=8192, evaluation_documents=True),
-    blend=Blend(),
+    blend=Blend(candidates=Candidates(), steps=1000),
 )
 
 # Half the pairs, and 16 rows at a time: weights, gradients and moments of the tables leave room for no more
@@ -121,10 +122,11 @@ fast_24gb = replace(
     summary="fast for 24 GB cards such as the RTX 3090 and 4090",
     model=replace(
         fast.model,
+        layers=16,
         embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
         head=replace(HEAD, fp8=False),
     ),
-    runtime=replace(fast.runtime, micro_batch=16),
+    runtime=replace(fast.runtime, micro_batch=8),
 )
 
 # Muon, QK-norm, ReLU^2 and outputs that start at zero are the base's.
