@@ -1,5 +1,6 @@
 """Candidates and what is known of them, against working it out by hand, and that a leak would be caught."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +18,8 @@ from sabrage.blend.neural import Rows, network_says
 from sabrage.blend.rescoring import Rescoring
 
 VOCABULARY, LENGTH, ORDERS = 11, 30, 7
-FEW = Candidates(followers=2, likeliest=3)
+FEW = Candidates(followers=2, likeliest=3, nearest=2)
+CACHE = (5.0, 20.0)
 PART = Blend(candidates=FEW)
 TEXT = torch.randint(VOCABULARY, (700,), generator=torch.Generator().manual_seed(2))
 HEAD = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(3))
@@ -53,9 +55,9 @@ def found(rows, part=FEW):
     """(tokens (N, C), what is known of them) of the candidates of rows."""
     grams = Grams(TEXT, VOCABULARY)
     counts = [count_N for count_N, _, _ in in_text(grams, ORDERS, rows)]
-    listed_NL = listed(grams, ORDERS, part.followers, rows)
+    listed_NL = listed(part, grams, ORDERS, True, rows)
     says = network_says(lambda h_MD: h_MD @ HEAD, rows, None, listed_NL, part.likeliest)
-    return says.candidates[0], offered(rows, grams, counts, says.candidates, VOCABULARY)
+    return says.candidates[0], offered(rows, grams, counts, says.candidates, VOCABULARY, CACHE)
 
 
 def places(rows):
@@ -69,20 +71,37 @@ def places(rows):
             yield row * LENGTH + place, document, log_V, int(rows.targets_BT[row, place])
 
 
+def near(rows, index, document):
+    """(cosine, follower) of the earlier states of a place's document, the nearest first."""
+    row, place = divmod(index, LENGTH)
+    h_TD = torch.nn.functional.normalize(rows.h_BTD[row], dim=1)
+    earlier = range(place - len(document) + 1, place)
+    pairs = [(float(h_TD[place] @ h_TD[at]), int(rows.targets_BT[row, at])) for at in earlier]
+    return sorted(pairs, reverse=True)
+
+
 def after(context):
     """The tokens that followed a context in the text, a ring, sorted."""
     ring, size = TEXT.tolist() * 2, len(context)
     return sorted(ring[at + size] for at in range(len(TEXT)) if ring[at : at + size] == context)
 
 
+def cached_share(pairs, sharpness, token):
+    """What a cache of (cosine, follower) gives to a token, as a feature."""
+    weights = [math.exp(sharpness * cosine) for cosine, _ in pairs]
+    own = sum(weight for weight, (_, follower) in zip(weights, pairs, strict=True) if follower == token)
+    return math.log((own / sum(weights) if pairs else 0.0) + candidates.LEAST_SHARE) / 4 + 1
+
+
 def test_candidates_followed_in_the_text_or_are_likely(rows):
     tokens_NC, of = found(rows)
-    assert tokens_NC.shape == (3 * LENGTH, ORDERS * FEW.followers + FEW.likeliest)
+    assert tokens_NC.shape == (3 * LENGTH, ORDERS * FEW.followers + FEW.likeliest + FEW.nearest)
     for index, document, log_V, _ in places(rows):
         expected = set(log_V.topk(FEW.likeliest).indices.tolist())
         for order in range(1, min(len(document), ORDERS) + 1):
             followed = after(document[-order:])
             expected |= {followed[len(followed) * part // 4] for part in (1, 3) if followed}
+        expected |= {token for _, token in near(rows, index, document)[: FEW.nearest]}
         valid_C = of.log_NC[index] > -torch.inf
         tokens = tokens_NC[index][valid_C].tolist()
         assert sorted(expected) == tokens
@@ -92,7 +111,7 @@ def test_candidates_followed_in_the_text_or_are_likely(rows):
 
 def test_what_is_known_of_candidates_as_by_hand(rows):
     tokens_NC, of = found(rows)
-    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + 2
+    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + 2 + len(CACHE)
     assert of.features_NCX.isfinite().all()
     for index, document, log_V, _ in places(rows):
         for column in (of.log_NC[index] > -torch.inf).nonzero()[:, 0].tolist():
@@ -106,7 +125,10 @@ def test_what_is_known_of_candidates_as_by_hand(rows):
             pairs = list(pairwise(document))
             stood = sum(later == token for _, later in pairs), pairs.count((document[-1], token))
             expected += [torch.tensor(float(times)).log1p() / 2 for times in stood]
-            torch.testing.assert_close(of.features_NCX[index, column], torch.stack(expected))
+            expected += [torch.tensor(cached_share(near(rows, index, document), b, token)) for b in CACHE]
+            torch.testing.assert_close(
+                of.features_NCX[index, column], torch.stack(expected), atol=1e-4, rtol=0
+            )
 
 
 def test_the_target_is_found_among_the_candidates_or_is_none(rows):
@@ -120,12 +142,14 @@ def test_the_target_is_found_among_the_candidates_or_is_none(rows):
 
 
 def test_without_a_counted_text_the_network_names_the_candidates(rows):
-    part = replace(PART, text_orders=0)
+    part = replace(PART, text_orders=0, cache=())
     whole = evidence_of(part, None, lambda h_MD: h_MD @ HEAD, *table(rows), vocab_size=VOCABULARY)
     assert whole.candidates.log_NC.isfinite().all()
     assert whole.candidates.features_NCX.shape == (3 * LENGTH, FEW.likeliest, 3)
-    nothing_listed = said(rows, replace(PART, candidates=replace(FEW, followers=0)))
+    nothing_listed = said(rows, replace(PART, candidates=replace(FEW, followers=0, nearest=0)))
     assert torch.equal(nothing_listed.candidates.log_NC, whole.candidates.log_NC)
+    the_nearest = said(rows, replace(PART, text_orders=0, candidates=FEW)).candidates
+    assert the_nearest.log_NC.shape == (3 * LENGTH, FEW.likeliest + FEW.nearest)
 
 
 def test_more_likeliest_than_there_are_tokens_are_all_tokens(rows):
@@ -196,6 +220,7 @@ ONE = Blend(text_orders=0, document_orders=1, seen=False, cache=())
         replace(ONE, text_orders=7, candidates=FEW),
         replace(ONE, text_orders=2, candidates=Candidates(followers=3, likeliest=1)),
         replace(ONE, candidates=FEW),
+        replace(ONE, cache=(20.0,), candidates=replace(FEW, nearest=4)),
     ],
 )
 def test_mixtures_are_legal(part):
@@ -206,18 +231,18 @@ honest_listed, honest_before, honest_followed = listed, Occurrences.before, cand
 honest_gains = Rescoring.gains
 
 
-def with_the_target(grams, orders, followers, rows):
-    listed_NL = honest_listed(grams, orders, followers, rows)
+def with_the_target(part, grams, orders, cache, rows):
+    listed_NL = honest_listed(part, grams, orders, cache, rows)
     return torch.cat((listed_NL, rows.targets_BT.reshape(-1, 1)), 1)
 
 
-def with_the_token_after_it(grams, orders, followers, rows):
-    listed_NL = honest_listed(grams, orders, followers, rows)
+def with_the_token_after_it(part, grams, orders, cache, rows):
+    listed_NL = honest_listed(part, grams, orders, cache, rows)
     return torch.cat((listed_NL, rows.targets_BT.roll(-1, 1).reshape(-1, 1)), 1)
 
 
-def too_deep(grams, orders, followers, rows):
-    return honest_listed(grams, orders, followers, replace(rows, depth_BT=rows.depth_BT + 9))
+def too_deep(part, grams, orders, cache, rows):
+    return honest_listed(part, grams, orders, cache, replace(rows, depth_BT=rows.depth_BT + 9))
 
 
 @pytest.mark.parametrize("leak", [with_the_target, with_the_token_after_it, too_deep])
@@ -242,6 +267,19 @@ def test_what_stands_in_other_documents_or_comes_later_is_caught(monkeypatch):
     assert fault(replace(ONE, candidates=FEW)) is not None
 
 
+def test_a_cache_that_knows_the_present_follower_is_caught(monkeypatch):
+    part = replace(ONE, cache=(20.0,), candidates=FEW)
+    honest = neural.Rows.before
+    monkeypatch.setattr(neural.Rows, "before", lambda self, *at, itself: honest(self, *at, itself=True))
+    assert fault(part) is not None
+    monkeypatch.undo()
+    assert fault(part) is None
+    shares = candidates.cache_shares
+    later = lambda rows, b, tokens_NC: [x_NC.roll(-1, 0) for x_NC in shares(rows, b, tokens_NC)]  # noqa: E731
+    monkeypatch.setattr(candidates, "cache_shares", later)
+    assert fault(part) is not None
+
+
 def test_candidates_that_are_given_too_much_are_caught(monkeypatch):
     def generous(self, features_NF, of):
         return honest_gains(self, features_NF, of) + 0.01 * (of.target_N >= 0)
@@ -250,7 +288,7 @@ def test_candidates_that_are_given_too_much_are_caught(monkeypatch):
     assert "sum to" in fault(replace(ONE, candidates=FEW))
 
 
-@pytest.mark.parametrize("changes", [{"followers": -1}, {"likeliest": 0}, {"hidden": 0}])
+@pytest.mark.parametrize("changes", [{"followers": -1}, {"nearest": -1}, {"likeliest": 0}, {"hidden": 0}])
 def test_what_cannot_be_is_told(changes):
     [problem] = replace(FEW, **changes).problems()
     assert next(iter(changes)) in problem

@@ -3,8 +3,9 @@
 A mixture gives each model one weight for all tokens, so it cannot say that a token is likely because the
 network *and* the counts have it. That takes a look at single tokens, and a look at every token of the
 vocabulary would be dear. Few are worth one, as in rescoring a list of hypotheses: those that followed the
-context in the counted text, found at evenly spaced places of its occurrences, and those that the network
-itself thinks likeliest. Which they are, and all that is known of them, depends on the context alone.
+context in the counted text, found at evenly spaced places of its occurrences, those that followed states of
+the document like the present one, and those that the network itself thinks likeliest. Which they are, and
+all that is known of them, depends on the context alone.
 
 Shapes: N places, M of them at once, C candidates of a place, X features of each.
 """
@@ -17,25 +18,29 @@ from torch import Tensor
 
 from sabrage.blend.columns import Columns
 from sabrage.blend.grams import Grams
-from sabrage.blend.neural import Rows
+from sabrage.blend.neural import Rows, cache_shares, nearest_followers
 from sabrage.config import Part
 
 # Places whose candidates are looked up at once: 8 MB of numbers of 64 bits, some thirty times over.
 PLACES_AT_ONCE = 16_384
 # What is less likely than e^-40 is as good as that to a linear layer.
 LEAST = -40.0
+# What a cache gives to a token that it has not seen; sums in fp32 err by less.
+LEAST_SHARE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates(Part):
-    """`followers` tokens for each order of context in the counted text, and the network's `likeliest`.
+    """`followers` tokens for each order of context in the counted text, the network's `likeliest`, and, where
+    the blend has a cache, what followed the `nearest` states of the document.
 
-    `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 2.4 KB, of which the
-    features of its 64 candidates are the most.
+    `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 3.2 KB, of which the
+    features of its 72 candidates are the most.
     """
 
     followers: int = 6
     likeliest: int = 22
+    nearest: int = 8
     hidden: int = 64
 
     def problems(self) -> list[str]:
@@ -44,9 +49,11 @@ class Candidates(Part):
             for name in ("likeliest", "hidden")
             if getattr(self, name) <= 0
         ]
-        if self.followers < 0:
-            found.append(f"candidates.followers={self.followers}, allowed: 0 or more")
-        return found
+        return found + [
+            f"candidates.{name}={getattr(self, name)}, allowed: 0 or more"
+            for name in ("followers", "nearest")
+            if getattr(self, name) < 0
+        ]
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,19 @@ class Offered(Columns):
     target_N: Tensor
 
 
-def listed(grams: Grams | None, orders: int, followers: int, rows: Rows) -> Tensor:
-    """(N, orders * followers) tokens that followed the contexts of 1 to `orders` tokens, -1 where none did.
+def listed(part: Candidates, grams: Grams | None, orders: int, cache: bool, rows: Rows) -> Tensor:
+    """(N, L) tokens that followed the contexts of 1 to `orders` tokens in the text, or, with a `cache`, the
+    nearest states of the document; -1 where none did.
 
     A context that begins before its document has no followers.
     """
     found = [rows.tokens_BT.new_empty(rows.tokens_BT.numel(), 0)]
-    if grams is not None and followers:
+    if cache and part.nearest:
+        found.append(nearest_followers(rows, part.nearest))
+    if grams is not None and part.followers:
         for order in range(1, orders + 1):
             run = [token_BT.flatten() for token_BT in rows.context(order)]
-            tokens_NM, known_N = grams.followers(run, followers)
+            tokens_NM, known_N = grams.followers(run, part.followers)
             known_N = known_N & (rows.depth_BT >= order).flatten()
             found.append(torch.where(known_N[:, None], tokens_NM, -1))
     return torch.cat(found, 1)
@@ -84,19 +94,21 @@ def offered(
     counts: Sequence[Tensor],
     candidates: tuple[Tensor, Tensor],
     vocab_size: int,
+    cache: Sequence[float] = (),
 ) -> Offered:
     """What is known of `candidates`, their tokens and log-probabilities (N, C).
 
     `counts` are the occurrences (N,) of the contexts of 1, 2, ... tokens in the text of `grams`, 0 where
     they are unknown. The features: the network's log-probability; for each of the contexts how often the
     candidate followed, and in what share; how often it stands earlier in the document, in all and after
-    the present token.
+    the present token; its share of a `cache` of each sharpness.
     """
     tokens_NC, log_NC = candidates
     group_N, token_N, target_N = (x_BT.flatten() for x_BT in (rows.group_BT, rows.tokens_BT, rows.targets_BT))
     # What stood before a token: its document, or its document and the token before it.
     befores = group_N, group_N * vocab_size + token_N
     stood = [Occurrences(before_N * vocab_size + target_N) for before_N in befores]
+    shares = cache_shares(rows, cache, tokens_NC) if cache else []
     place_N = torch.arange(len(group_N), device=group_N.device)
     contexts = [[x_BT.flatten() for x_BT in rows.context(order)] for order in range(1, len(counts) + 1)]
     pieces = []
@@ -110,6 +122,7 @@ def offered(
         for before_N, occurrences in zip(befores, stood, strict=True):
             asked_MC = before_N[piece, None] * vocab_size + tokens_MC
             seen.append(occurrences.before(asked_MC, place_N[piece]).float().log1p() / 2)
+        seen += [(share_NC[piece].clamp(min=0) + LEAST_SHARE).log() / 4 + 1 for share_NC in shares]
         features_MCX = torch.stack(seen, 2)
         pieces.append(features_MCX.half() if features_MCX.is_cuda else features_MCX)
     same_NC = tokens_NC == target_N[:, None]

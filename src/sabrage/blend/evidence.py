@@ -79,7 +79,7 @@ def evidence_of(
         first_BT = earlier((group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
     listed_NL, likeliest = None, 0
     if part.candidates:
-        listed_NL = listed(grams, part.text_orders, part.candidates.followers, rows)
+        listed_NL = listed(part.candidates, grams, part.text_orders, bool(part.cache), rows)
         likeliest = part.candidates.likeliest
     says = network_says(head, rows, first_BT, listed_NL, likeliest)
     features.append(says.features_NX)
@@ -100,7 +100,7 @@ def evidence_of(
     if says.candidates is None:
         return Evidence(*table)
     text_counts = [count_N for count_N, _, _ in text]
-    return Evidence(*table, offered(rows, grams, text_counts, says.candidates, vocab_size))
+    return Evidence(*table, offered(rows, grams, text_counts, says.candidates, vocab_size, part.cache))
 
 
 def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Logits of this many tokens are held at once: 0.4 GB of 50,257 in fp32, three times over.
 TOKENS_AT_ONCE = 2048
+# Cosines that differ by less are equally near.
+ALIKE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ def union(log_MV: Tensor, listed_ML: Tensor, likeliest: int) -> tuple[Tensor, Te
     return tokens_MC, log_MC
 
 
+def alike(rows: Rows, row: int, first: int, end: int) -> Tensor:
+    """(end - first, end): cosines of the states there and those before them in the document, else -inf."""
+    h_SD = F.normalize(rows.h_BTD[row, :end].float(), dim=1)
+    return (h_SD[first:] @ h_SD.T).masked_fill(~rows.before(row, first, end, itself=False), -torch.inf)
+
+
 def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:
     """(log-probabilities of the targets (N, C) by each sharpness b, features (N, 1 + C)).
 
@@ -127,9 +135,7 @@ def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:
     """
     logs, features = [], []
     for row, first, end in rows.pieces():
-        h_SD = F.normalize(rows.h_BTD[row, :end].float(), dim=1)
-        mask_MS = rows.before(row, first, end, itself=False)
-        alike_MS = (h_SD[first:] @ h_SD.T).masked_fill(~mask_MS, -torch.inf)
+        alike_MS = alike(rows, row, first, end)
         targets_S = rows.targets_BT[row, :end]
         same_MS = targets_S[first:, None] == targets_S
         nearest_M = alike_MS.amax(1).clamp(min=-1)
@@ -144,3 +150,38 @@ def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:
         logs.append(torch.stack(found, 1))
         features.append(torch.stack(seen, 1))
     return torch.cat(logs), torch.cat(features)
+
+
+def nearest_followers(rows: Rows, most: int) -> Tensor:
+    """(N, most) tokens that followed the earlier states of the document most like each, -1 where none did.
+
+    Of states that are equally alike, but for rounding, the newest come first.
+    """
+    found = []
+    for row, first, end in rows.pieces():
+        time_S = torch.arange(end, device=rows.tokens_BT.device)
+        alike_MS = alike(rows, row, first, end)
+        # One number to sort by: the cosine, a step further up than any place, and then the place.
+        rank_MS = ((alike_MS.clamp(min=-1) + 1) / ALIKE).round().long() * end + time_S
+        near_MK, place_MK = rank_MS.masked_fill(alike_MS == -torch.inf, -1).topk(min(most, end), 1)
+        tokens_MK = rows.targets_BT[row, :end][place_MK].masked_fill(near_MK < 0, -1)
+        found.append(F.pad(tokens_MK, (0, most - tokens_MK.shape[1]), value=-1))
+    return torch.cat(found)
+
+
+def cache_shares(rows: Rows, sharpness: Sequence[float], tokens_NC: Tensor) -> list[Tensor]:
+    """What the cache of each sharpness gives to tokens, (N, C) each: 0 where a document has only begun."""
+    length, found = rows.tokens_BT.shape[1], []
+    for row, first, end in rows.pieces():
+        alike_MS = alike(rows, row, first, end)
+        followers_S, order_S = rows.targets_BT[row, :end].sort()
+        tokens_MC = tokens_NC[row * length + first : row * length + end]
+        low_MC, high_MC = (torch.searchsorted(followers_S, tokens_MC, right=right) for right in (False, True))
+        shares = []
+        for b in sharpness:
+            # A row of nothing but -inf is NaN everywhere. Sorted by token, a token's share is an interval.
+            weight_MS = (b * alike_MS).softmax(1).nan_to_num(0.0)[:, order_S]
+            before_MS = F.pad(weight_MS.cumsum(1), (1, 0))
+            shares.append(before_MS.gather(1, high_MC) - before_MS.gather(1, low_MC))
+        found.append(torch.stack(shares))
+    return list(torch.cat(found, 1)) if sharpness else []

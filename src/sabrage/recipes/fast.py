@@ -9,12 +9,13 @@ Read `fast` from its model down. Why it is fast:
 - Rows hold whole documents that do not see each other; four layers in five look 512 tokens back. What no
   token sees costs no time, and validation, in long rows, gives nearly every token its whole document.
 - The fifth finds what followed a token earlier: half of its keys are those of the token before.
-- The head is a third of the work: fused, so that its logits are never held, at zero to begin with, and two of
-  its three products in FP8.
+- The head is a third of the work: fused, so that its logits are never held, at zero to begin with, two of its
+  three products in FP8, and in training over half of the vocabulary, the targets and a sample of the others.
 - What stands between the products is traffic, and a stream in bf16 halves it.
-- Ten layers for twelve: at so few tokens a smaller model that sees more of them comes further.
+- Eleven layers for twelve: at so few tokens a smaller model that sees more of them comes further.
 - A network that sees each token once remembers and copies worse than a lookup. At the end the text that it
   was trained on is counted, and a small gate mixes these counts, and what the document has shown so far, in.
+  Tokens that the counts, the document or the network name are looked at one by one.
 
 What each part bought is told in LOG.md and docs/results.md.
 
@@ -114,8 +115,8 @@ fast = replace(
     blend=Blend(candidates=Candidates(), steps=1000),
 )
 
-# Half the pairs, and 16 rows at a time: weights, gradients and moments of the tables leave room for no more
-# in 22 GB. Nothing in it needs FP8 or Hopper.
+# Half the pairs, and 8 rows at a time: weights, gradients and moments of the tables leave room for no more
+# in 22 GB. Nothing in it needs FP8 or Hopper. Its limit is memory, so it takes more layers and more time.
 fast_24gb = replace(
     fast,
     name="fast-24gb",
