@@ -147,6 +147,10 @@ class Head(Part, ABC):
     def flops(self, dim: int, vocab_size: int) -> int:
         """Matrix-product FLOPs of one token's forward pass."""
 
+    def trained_columns(self, vocab_size: int) -> int:
+        """Logits of a token that training makes."""
+        return vocab_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Part, ABC):
