@@ -36,7 +36,7 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 mkdir -p "$out/runs"
 # Why these: LOG.md, the gap to the target. Rates, schedules and moments alone, so that all runs share their graphs.
 changes=(
-  plan.lr.warmdown=1400
+  plan.lr.warmdown=650
   plan.momentum.last=0.97
   'optim.4.optimizer.betas=[0.8,0.99]'
   optim.4.optimizer.lr=0.005

@@ -144,12 +144,8 @@ class Head(Part, ABC):
     def build(self, *, dim: int, vocab_size: int) -> nn.Module: ...
 
     @abstractmethod
-    def flops(self, dim: int, vocab_size: int) -> int:
+    def flops(self, dim: int, vocab_size: int, *, training: bool = False) -> int:
         """Matrix-product FLOPs of one token's forward pass."""
-
-    def trained_columns(self, vocab_size: int) -> int:
-        """Logits of a token that training makes."""
-        return vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)

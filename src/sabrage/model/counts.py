@@ -49,8 +49,7 @@ def flops_per_token(
     forward = sum(spec.mixer(layer).flops(spec.dim, sequence_length) for layer in layers)
     forward += sum(spec.feedforward(layer).flops(spec.dim) for layer in layers)
     forward += spec.last.flops(spec.dim, sequence_length) if spec.last else 0
-    columns = spec.head.trained_columns(spec.vocab_size) if objective else spec.vocab_size
-    head = spec.head.flops(spec.dim, columns)
+    head = spec.head.flops(spec.dim, spec.vocab_size, training=objective is not None)
     extra = objective.flops(spec.dim, sequence_length, head) if objective else 0
     return 3 * (forward + head + extra)
 
@@ -62,6 +61,6 @@ def memory_estimate(
     factor = 2 if wide else 1
     extra = objective.extra_heads() if objective else 0
     per_token = (spec.layers + extra) * spec.dim * ACTIVATION_BYTES * factor
-    per_token += (1 + extra) * spec.head.trained_columns(spec.vocab_size) * LOGIT_BYTES * factor
+    per_token += (1 + extra) * spec.vocab_size * LOGIT_BYTES * factor
     parameters = num_parameters(spec) + (objective_parameters(objective, spec) if objective else 0)
     return parameters * PARAMETER_BYTES + tokens * per_token

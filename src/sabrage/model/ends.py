@@ -99,7 +99,7 @@ class TableHead(Head):
             found.append("softcap and rescale both bound the logits; set one of them to null")
         return found
 
-    def flops(self, dim: int, vocab_size: int) -> int:
+    def flops(self, dim: int, vocab_size: int, *, training: bool = False) -> int:
         return 2 * dim * vocab_size
 
 

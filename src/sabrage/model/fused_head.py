@@ -36,8 +36,9 @@ class FusedHead(TableHead):
             found.append(f"columns={self.columns} must be 0, for the whole vocabulary, or above")
         return found
 
-    def trained_columns(self, vocab_size: int) -> int:
-        return min(self.columns or vocab_size, vocab_size)
+    def flops(self, dim: int, vocab_size: int, *, training: bool = False) -> int:
+        columns = self.columns if training and self.columns else vocab_size
+        return 2 * dim * min(columns, vocab_size)
 
     def refusal(self, facts: DeviceFacts) -> str | None:
         if self.fp8 and not (facts.has_fp8 and choose_kernel(self.backend, facts) == "triton"):

@@ -19,17 +19,18 @@ Read `fast` from its model down. Why it is fast:
 
 What each part bought is told in LOG.md and docs/results.md.
 
-FineWeb, an estimate and no result: on the stand-in track the network of `fast` ends one pass of 142M tokens
-at 3.589, and the blend was worth 0.059 to a sibling of it (one seed each), which makes 3.53, 0.03 short of
-the target there. Losses of annealed runs of this size fall by about 0.35 with every factor e of tokens, so
-that it would take some 155M; a peer needs 1.6 times as many tokens for 3.3821 on FineWeb as for 3.50 here
-(210M and 130M). That makes 250M tokens, three of the fifty shards,
+FineWeb, an estimate and no result: on the stand-in track siblings of this network, of ten and twelve layers,
+ended one pass of 142M tokens at 3.585 to 3.589, and the blend with its candidates was worth 0.068 to one of
+them (one seed each), which makes 3.517, 0.017 short of the target there. Losses of annealed runs of this size
+fall by about 0.35 with every factor e of tokens, so that it would take some 150M; a peer needs 1.6 times as
+many tokens for 3.3821 on FineWeb as for 3.50 here (210M and 130M). That makes 240M tokens, three of the fifty
+shards,
 
-    sabrage train fast --set plan.steps=2540 --set plan.lr.warmdown=1524 \
-      --set plan.tokens_per_step.starts=[0,1270] --set data.path=data/fineweb
+    sabrage train fast --set plan.steps=2442 --set plan.lr.warmdown=1465 \
+      --set plan.tokens_per_step.starts=[0,1221] --set data.path=data/fineweb
 
-in about 7 minutes of training on an H200 at the measured 616k tokens/s, and, by the baseline's speeds on
-those cards, 30 minutes on a 4090 and 60 on a 3090 with `fast-24gb`. FineWeb has more text than that, and to
+in about 6 minutes of training on an H200 at the measured 676k tokens/s, and, by the baseline's speeds on
+those cards, 36 minutes on a 4090 and 72 on a 3090 with `fast-24gb`. FineWeb has more text than that, and to
 count is cheap: a network of 25.8M tokens gained 0.05 with every factor e of text that was counted beside what
 it was trained on. With blend.unseen_tokens=700000000, as much as 80 GB hold for a moment, and half of that
 gain, 0.03, the tokens to train on fall by a tenth.
@@ -66,7 +67,7 @@ HEAD = FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True, columns=24_
 fast = replace(
     base,
     name="fast",
-    summary="the fastest recipe on one H100-class card: 142M tokens",
+    summary="the fastest recipe on one H100-class card: 143M tokens",
     data=replace(base.data, order="documents", block_tokens=65_536),
     model=replace(
         base.model,
@@ -123,7 +124,7 @@ fast_24gb = replace(
     summary="fast for 24 GB cards such as the RTX 3090 and 4090",
     model=replace(
         fast.model,
-        layers=16,
+        layers=15,
         embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
         head=replace(HEAD, fp8=False),
     ),
