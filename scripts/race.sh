@@ -6,7 +6,7 @@
 # DATA is a folder of shards with as many training tokens as the recipes take, OUT receives runs, logs and
 # result files. Stages, all of them by default, in this order (minutes on an H100-class card):
 #   race       `fast` to its end with every seed, one run a card at a time (4 a seed)
-#   small      `fast-24gb` likewise, in 22 GiB of the card's memory (5 a seed)
+#   small      `fast-24gb` likewise, in 22 GiB of the card's memory (7 a seed)
 #   min        `fast-min` likewise (2 a seed)
 #   base       `base` likewise (2 a seed)
 #   breakdown  where a step's time goes in nocap, base and fast (6)
