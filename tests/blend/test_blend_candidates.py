@@ -14,7 +14,7 @@ from sabrage.blend.candidates import Candidates, Occurrences, listed, offered
 from sabrage.blend.evidence import Evidence, depths, evidence_of, in_text
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
-from sabrage.blend.neural import Rows, network_says
+from sabrage.blend.neural import Rows, cached, network_says
 from sabrage.blend.rescoring import Rescoring
 
 VOCABULARY, LENGTH, ORDERS = 11, 30, 7
@@ -55,7 +55,8 @@ def found(rows, part=FEW):
     """(tokens (N, C), what is known of them) of the candidates of rows."""
     grams = Grams(TEXT, VOCABULARY)
     counts = [count_N for count_N, _, _ in in_text(grams, ORDERS, rows)]
-    listed_NL = listed(part, grams, ORDERS, True, rows)
+    listed_NL = listed(part, grams, ORDERS, rows)
+    listed_NL = torch.cat((listed_NL, cached(rows, CACHE, part.nearest)[2]), 1)
     says = network_says(lambda h_MD: h_MD @ HEAD, rows, None, listed_NL, part.likeliest)
     return says.candidates[0], offered(rows, grams, counts, says.candidates, VOCABULARY, CACHE)
 
@@ -231,18 +232,18 @@ honest_listed, honest_before, honest_followed = listed, Occurrences.before, cand
 honest_gains = Rescoring.gains
 
 
-def with_the_target(part, grams, orders, cache, rows):
-    listed_NL = honest_listed(part, grams, orders, cache, rows)
+def with_the_target(part, grams, orders, rows):
+    listed_NL = honest_listed(part, grams, orders, rows)
     return torch.cat((listed_NL, rows.targets_BT.reshape(-1, 1)), 1)
 
 
-def with_the_token_after_it(part, grams, orders, cache, rows):
-    listed_NL = honest_listed(part, grams, orders, cache, rows)
+def with_the_token_after_it(part, grams, orders, rows):
+    listed_NL = honest_listed(part, grams, orders, rows)
     return torch.cat((listed_NL, rows.targets_BT.roll(-1, 1).reshape(-1, 1)), 1)
 
 
-def too_deep(part, grams, orders, cache, rows):
-    return honest_listed(part, grams, orders, cache, replace(rows, depth_BT=rows.depth_BT + 9))
+def too_deep(part, grams, orders, rows):
+    return honest_listed(part, grams, orders, replace(rows, depth_BT=rows.depth_BT + 9))
 
 
 @pytest.mark.parametrize("leak", [with_the_target, with_the_token_after_it, too_deep])

@@ -80,7 +80,7 @@ def test_the_network_and_it_restricted_to_what_was_seen_as_by_hand(rows):
 
 
 def test_the_cache_as_by_hand(rows):
-    log_NC, _ = cached(rows, (3.0, 0.5))
+    log_NC, *_ = cached(rows, (3.0, 0.5))
     for row, place, start, index in places(rows):
         if place == start:
             continue

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sabrage.blend.columns import Columns
 from sabrage.blend.grams import Grams
-from sabrage.blend.neural import Rows, cache_shares, nearest_followers
+from sabrage.blend.neural import Rows, cache_shares
 from sabrage.config import Part
 
 # Places whose candidates are looked up at once: 8 MB of numbers of 64 bits, some thirty times over.
@@ -70,15 +70,12 @@ class Offered(Columns):
     target_N: Tensor
 
 
-def listed(part: Candidates, grams: Grams | None, orders: int, cache: bool, rows: Rows) -> Tensor:
-    """(N, L) tokens that followed the contexts of 1 to `orders` tokens in the text, or, with a `cache`, the
-    nearest states of the document; -1 where none did.
+def listed(part: Candidates, grams: Grams | None, orders: int, rows: Rows) -> Tensor:
+    """(N, L) tokens that followed the contexts of 1 to `orders` tokens in the text, -1 where none did.
 
     A context that begins before its document has no followers.
     """
     found = [rows.tokens_BT.new_empty(rows.tokens_BT.numel(), 0)]
-    if cache and part.nearest:
-        found.append(nearest_followers(rows, part.nearest))
     if grams is not None and part.followers:
         for order in range(1, orders + 1):
             run = [token_BT.flatten() for token_BT in rows.context(order)]

@@ -77,20 +77,24 @@ def evidence_of(
     first_BT = None
     if part.seen:
         first_BT = earlier((group_BT * vocab_size + tokens_BT).flatten()).view_as(tokens_BT) == 0
+    if part.cache:
+        nearest = part.candidates.nearest if part.candidates else 0
+        log_NC, cache_NX, followers_NK = cached(rows, part.cache, nearest)
     listed_NL, likeliest = None, 0
     if part.candidates:
-        listed_NL = listed(part.candidates, grams, part.text_orders, bool(part.cache), rows)
         likeliest = part.candidates.likeliest
+        listed_NL = listed(part.candidates, grams, part.text_orders, rows)
+        if part.cache:
+            listed_NL = torch.cat((listed_NL, followers_NK), 1)
     says = network_says(head, rows, first_BT, listed_NL, likeliest)
     features.append(says.features_NX)
     if part.seen:
         logs.append(says.restricted_N)
         known.append(torch.ones_like(says.restricted_N, dtype=torch.bool))
     if part.cache:
-        log_NC, features_NX = cached(rows, part.cache)
         logs += log_NC.unbind(1)
         known += [(depth_BT > 1).flatten()] * len(part.cache)
-        features.append(features_NX)
+        features.append(cache_NX)
     if memory is not None:
         log_NS, features_NX = memory.say(h_BTD.flatten(0, 1), rows.targets_BT.flatten())
         logs += log_NS.unbind(1)

@@ -128,15 +128,17 @@ def alike(rows: Rows, row: int, first: int, end: int) -> Tensor:
     return (h_SD[first:] @ h_SD.T).masked_fill(~rows.before(row, first, end, itself=False), -torch.inf)
 
 
-def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(log-probabilities of the targets (N, C) by each sharpness b, features (N, 1 + C)).
+def cached(rows: Rows, sharpness: Sequence[float], nearest: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the targets (N, C) by each sharpness b, features (N, 1 + C), tokens (N, K)).
 
-    Where a document has only begun, the numbers mean nothing.
+    The tokens followed the K = `nearest` earlier states of the document most like each, -1 where none did.
+    Where a document has only begun, the other numbers mean nothing.
     """
-    logs, features = [], []
+    logs, features, tokens = [], [], []
     for row, first, end in rows.pieces():
         alike_MS = alike(rows, row, first, end)
         targets_S = rows.targets_BT[row, :end]
+        tokens.append(nearest_followers(alike_MS, targets_S, nearest))
         same_MS = targets_S[first:, None] == targets_S
         nearest_M = alike_MS.amax(1).clamp(min=-1)
         alike_MS = alike_MS - nearest_M[:, None]
@@ -149,28 +151,30 @@ def cached(rows: Rows, sharpness: Sequence[float]) -> tuple[Tensor, Tensor]:
             seen.append(total_M.clamp(min=1).log() / 4 - 1)
         logs.append(torch.stack(found, 1))
         features.append(torch.stack(seen, 1))
-    return torch.cat(logs), torch.cat(features)
+    return torch.cat(logs), torch.cat(features), torch.cat(tokens)
 
 
-def nearest_followers(rows: Rows, most: int) -> Tensor:
-    """(N, most) tokens that followed the earlier states of the document most like each, -1 where none did.
+def nearest_followers(alike_MS: Tensor, targets_S: Tensor, most: int) -> Tensor:
+    """(M, most) tokens that followed the states most like each, -1 where none did.
 
     Of states that are equally alike, but for rounding, the newest come first.
     """
-    found = []
-    for row, first, end in rows.pieces():
-        time_S = torch.arange(end, device=rows.tokens_BT.device)
-        alike_MS = alike(rows, row, first, end)
-        # One number to sort by: the cosine, a step further up than any place, and then the place.
-        rank_MS = ((alike_MS.clamp(min=-1) + 1) / ALIKE).round().long() * end + time_S
-        near_MK, place_MK = rank_MS.masked_fill(alike_MS == -torch.inf, -1).topk(min(most, end), 1)
-        tokens_MK = rows.targets_BT[row, :end][place_MK].masked_fill(near_MK < 0, -1)
-        found.append(F.pad(tokens_MK, (0, most - tokens_MK.shape[1]), value=-1))
-    return torch.cat(found)
+    end = len(targets_S)
+    if not most:
+        return targets_S.new_empty(len(alike_MS), 0)
+    # One number to sort by: the cosine, a step further up than any place, and then the place.
+    rank_MS = ((alike_MS.clamp(min=-1) + 1) / ALIKE).round().long() * end
+    rank_MS = (rank_MS + torch.arange(end, device=targets_S.device)).masked_fill(alike_MS == -torch.inf, -1)
+    near_MK, place_MK = rank_MS.topk(min(most, end), 1)
+    tokens_MK = targets_S[place_MK].masked_fill(near_MK < 0, -1)
+    return F.pad(tokens_MK, (0, most - tokens_MK.shape[1]), value=-1)
 
 
 def cache_shares(rows: Rows, sharpness: Sequence[float], tokens_NC: Tensor) -> list[Tensor]:
-    """What the cache of each sharpness gives to tokens, (N, C) each: 0 where a document has only begun."""
+    """What the cache of each sharpness, at least one, gives to tokens, (N, C) each.
+
+    It is 0 where a document has only begun.
+    """
     length, found = rows.tokens_BT.shape[1], []
     for row, first, end in rows.pieces():
         alike_MS = alike(rows, row, first, end)
@@ -184,4 +188,4 @@ def cache_shares(rows: Rows, sharpness: Sequence[float], tokens_NC: Tensor) -> l
             before_MS = F.pad(weight_MS.cumsum(1), (1, 0))
             shares.append(before_MS.gather(1, high_MC) - before_MS.gather(1, low_MC))
         found.append(torch.stack(shares))
-    return list(torch.cat(found, 1)) if sharpness else []
+    return list(torch.cat(found, 1))
