@@ -183,8 +183,12 @@ class Recipe(Part):
         return None if window is None else max(window, self.budget.evaluation_window or 0)
 
     def evaluation_shape(self, step: int) -> tuple[int | None, int | None]:
-        """The window and the active layers of a validation after `step` steps, those of the last step."""
-        return self.evaluation_window(step), self.plan.at(max(step - 1, 0)).layers
+        """The window and the active layers of a validation after `step` steps, those of the last step.
+
+        Idle layers that add nothing yet are computed with the others, so that one graph serves the whole run.
+        """
+        layers = None if self.model.starts_silent() else self.plan.at(max(step - 1, 0)).layers
+        return self.evaluation_window(step), layers
 
     def evaluation_shapes(self) -> list[tuple[int | None, int | None]]:
         """Those of all validations of the run, each once."""

@@ -154,8 +154,15 @@ def test_active_layers_are_a_knob_in_stages_of_their_own_that_a_shorter_run_keep
     assert plan.scaled(5).layers == Stages(values=(2, 4), starts=(0, 2))
 
 
-def test_validation_uses_the_layers_that_the_last_step_had():
+def test_validation_takes_all_layers_where_idle_ones_add_nothing():
     recipe = find("grown").validate()
+    assert [recipe.evaluation_shape(step) for step in (0, 120, 121)] == [(None, None)] * 3
+    assert recipe.evaluation_shapes() == [(None, None)]
+
+
+@pytest.mark.parametrize("part", ["mixers", "feedforwards"])
+def test_validation_uses_the_layers_that_the_last_step_had_where_idle_ones_would_disturb(part):
+    recipe = override(find("grown"), f"model.{part}.0.zero_init=false").validate()
     assert [recipe.evaluation_shape(step) for step in (0, 120, 121)] == [(None, 6), (None, 6), (None, 12)]
     assert recipe.evaluation_shapes() == [(None, 6), (None, 12)]
 

@@ -84,6 +84,10 @@ class ModelSpec(Part):
         """Tokens of the longest sequence that parts can take, by the dotted paths of the fields."""
         return max_lengths(self, "model")
 
+    def starts_silent(self) -> bool:
+        """Whether a layer adds nothing before it has been trained."""
+        return all(getattr(part, "zero_init", False) for part in (*self.mixers, *self.feedforwards))
+
     def mixer(self, layer: int) -> Mixer:
         return self.mixers[layer % len(self.mixers)]
 
