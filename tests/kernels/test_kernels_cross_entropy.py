@@ -141,6 +141,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
         BOUND,
         180,
         0,
+        0,
         False,
         8,
         False,
@@ -201,7 +202,7 @@ def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
         tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
         targets_NW = given["targets_NW"][:16].repeat(copies, 1)
         held.append(
-            head._head(*tokens, targets_NW, given["weights_W"], BOUND, 180, 0, False, 64, True)[2][:16]
+            head._head(*tokens, targets_NW, given["weights_W"], BOUND, 180, 0, 0, False, 64, True)[2][:16]
         )
     torch.testing.assert_close(*held)
 
@@ -234,7 +235,7 @@ def test_autocast_decides_the_products_and_the_weight_keeps_its_dtype() -> None:
 def test_the_registration_of_the_operation_is_sound(columns: int) -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], BOUND, 180, columns, False, 8, True))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], BOUND, 180, columns, 10, False, 8, True))
 
 
 @interpreted
@@ -251,6 +252,7 @@ def test_a_device_that_cannot_run_kernels_is_refused(monkeypatch: pytest.MonkeyP
         ({"num_real": 200}, "num_real=200"),
         ({"chunk_tokens": 0}, "chunk_tokens=0"),
         ({"columns": -1}, "columns=-1"),
+        ({"sample_tokens": -1}, "sample_tokens=-1"),
         ({"fp8": True, "h_ND": torch.zeros(30, 20), "weight_VD": torch.zeros(192, 20)}, "16 divides"),
     ],
 )

@@ -33,23 +33,32 @@ def outcome(function, given: dict, **changes: object) -> tuple[torch.Tensor, ...
 
 
 def by_hand(
-    *, h_ND, weight_VD, targets_NW, weights_W, num_real, columns, softcap=None, rescale=None
+    *,
+    h_ND,
+    weight_VD,
+    targets_NW,
+    weights_W,
+    num_real,
+    columns,
+    sample_tokens=0,
+    softcap=None,
+    rescale=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss in fp64, one target at a time, over the tokens chosen and not over columns."""
-    ids = choose_columns(targets_NW, num_real=num_real, num_columns=columns)[0].tolist()
-    targets = {target for target in targets_NW.flatten().tolist() if target >= 0}
-    taken = targets & set(ids)
-    others = sorted(set(ids) - targets)
-    weight = (num_real - len(targets)) / len(others) if others else 1.0
-    z_NV = head.bounded(h_ND.double() @ weight_VD.double().T, softcap, rescale)
-    z_NV = z_NV[:, :num_real]
-    normaliser_N = z_NV[:, sorted(taken)].exp().sum(1) + weight * z_NV[:, others].exp().sum(1)
-    means = []
-    for targets_N in targets_NW.unbind(1):
-        pairs = [(n, target) for n, target in enumerate(targets_N.tolist()) if target in taken]
-        losses = [normaliser_N[n].log() - z_NV[n, target] for n, target in pairs]
-        means.append(torch.stack(losses).mean())
-    losses_W = torch.stack(means)
+    losses: list[list[torch.Tensor]] = [[] for _ in weights_W]
+    stretch = sample_tokens or len(h_ND)
+    for h_MD, targets_MW in zip(h_ND.split(stretch), targets_NW.split(stretch), strict=True):
+        ids = choose_columns(targets_MW, num_real=num_real, num_columns=columns)[0].tolist()
+        targets = {target for target in targets_MW.flatten().tolist() if target >= 0}
+        taken = targets & set(ids)
+        others = sorted(set(ids) - targets)
+        weight = (num_real - len(targets)) / len(others) if others else 1.0
+        z_MV = head.bounded(h_MD.double() @ weight_VD.double().T, softcap, rescale)[:, :num_real]
+        normaliser_M = z_MV[:, sorted(taken)].exp().sum(1) + weight * z_MV[:, others].exp().sum(1)
+        for found, targets_M in zip(losses, targets_MW.unbind(1), strict=True):
+            pairs = [(m, target) for m, target in enumerate(targets_M.tolist()) if target in taken]
+            found += [normaliser_M[m].log() - z_MV[m, target] for m, target in pairs]
+    losses_W = torch.stack([torch.stack(found).mean() for found in losses])
     return (weights_W * losses_W).sum(), losses_W.detach()
 
 
@@ -69,6 +78,45 @@ def test_the_loss_and_its_gradients_are_those_computed_by_hand(
     exact = outcome(by_hand, given)
     assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=9), exact)
     assert_near(outcome(head.cross_entropy_head_reference, given), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("sample_tokens", [8, 30], ids=["stretches", "one token left"])
+@pytest.mark.parametrize("columns", [64, 131, 7], ids=["few", "odd", "too few"])
+def test_stretches_of_tokens_have_columns_of_their_own(
+    columns: int, sample_tokens: int, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    monkeypatch.setattr(head, "BLOCK", 64)
+    given = arguments() | {"softcap": 15.0, "columns": columns, "sample_tokens": sample_tokens}
+    exact = outcome(by_hand, given)
+    assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=5), exact)
+    assert_near(outcome(head.cross_entropy_head_reference, given), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("function", [head.cross_entropy_head, head.cross_entropy_head_reference])
+def test_a_stretch_of_all_tokens_is_the_micro_batch_bit_for_bit(function) -> None:
+    whole, *others = (outcome(function, arguments(), columns=80, sample_tokens=n) for n in (0, 31, 10**9))
+    assert all(torch.equal(*pair) for other in others for pair in zip(other, whole, strict=True))
+
+
+def test_several_samples_are_nearer_to_the_whole_softmax_than_one() -> None:
+    generator = torch.Generator().manual_seed(2)
+    errors: dict[int, list[float]] = {64: [], 16: []}
+    for _ in range(40):
+        given = {
+            "h_ND": torch.randn(64, 16, generator=generator),
+            "weight_VD": torch.randn(500, 16, generator=generator) / 2,
+            "targets_NW": torch.randint(80, (64, 1), generator=generator),
+        }
+        exact = outcome(head.cross_entropy_head_reference, given)[3]
+        for tokens, told in errors.items():
+            changes = {"columns": 120, "sample_tokens": tokens}
+            told.append(
+                (outcome(head.cross_entropy_head_reference, given, **changes)[3] - exact).norm().item()
+            )
+    # What each of four misses evens out, though tokens that are targets elsewhere are no longer certain.
+    assert sum(errors[16]) < 0.85 * sum(errors[64])
 
 
 @interpreted
@@ -195,12 +243,15 @@ def test_a_compiled_draw_is_the_eager_one() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
+@pytest.mark.parametrize("sample_tokens", [0, 200], ids=["one sample", "four"])
 @pytest.mark.parametrize("columns", [4096, 16384, 300], ids=["whole blocks", "GPT-2", "too few"])
 @pytest.mark.parametrize("bound", BOUNDS, ids=str)
-def test_a_sample_on_the_device_is_the_one_computed_by_hand(bound: dict, columns: int) -> None:
+def test_a_sample_on_the_device_is_the_one_computed_by_hand(
+    bound: dict, columns: int, sample_tokens: int
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     case = Case("device", {"N": 777, "D": 64, "V": 50304, "W": 2}, {"num_real": 50257})
-    given = arguments(case, device="cuda") | bound | {"columns": columns}
+    given = arguments(case, device="cuda") | bound | {"columns": columns, "sample_tokens": sample_tokens}
     on_host = {name: value.cpu() if torch.is_tensor(value) else value for name, value in given.items()}
     assert torch.equal(
         *(

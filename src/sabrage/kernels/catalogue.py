@@ -63,6 +63,11 @@ CROSS_ENTROPY = Operation(
             {"N": 17, "D": 32, "V": 256, "W": 3},
             {"num_real": 250, "softcap": 15.0, "columns": 130},
         ),
+        Case(
+            "sampled in stretches",
+            {"N": 37, "D": 32, "V": 217, "W": 2},
+            {"columns": 63, "sample_tokens": 16},
+        ),
         Case("more targets than columns", {"N": 37, "D": 32, "V": 129, "W": 2}, {"columns": 20}),
         Case("sampled, empty", {"N": 0, "D": 32, "V": 129, "W": 2}, {"columns": 40}),
         Case("GPT-2 head", {"N": 65536, "D": 768, "V": 50304, "W": 1}, {"num_real": 50257}, measured=True),

@@ -26,7 +26,7 @@ from torch.nn.functional import ScalingType
 
 from sabrage.kernels.cross_entropy_rows import BLOCK, LOW_HEIGHT, NUM_WARPS, rows
 from sabrage.kernels.language import KernelError, require
-from sabrage.kernels.sampled_columns import choose_columns, log_weights
+from sabrage.kernels.sampled_columns import Sample, log_weights, samples
 
 # Matrix units and FP8 want multiples of this many rows of W.
 ROW_MULTIPLE = 64
@@ -50,22 +50,26 @@ def cross_entropy_head_reference(
     rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
     columns: int = 0,
+    sample_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits of the columns at once, softmax in fp32 or wider."""
-    num_real, weighing_2 = num_real or weight_VD.shape[0], None
-    if 0 < columns < num_real:
-        ids_K, targets_NW, weighing_2 = choose_columns(targets_NW, num_real=num_real, num_columns=columns)
-        weight_VD, num_real = weight_VD[ids_K], columns
-    raw_NV = F.linear(h_ND, weight_VD.to(h_ND.dtype))[:, :num_real]
-    z_NV = bounded(raw_NV.to(torch.promote_types(h_ND.dtype, torch.float32)), softcap, rescale)
-    if weighing_2 is not None:
-        z_NV = z_NV + math.log(2) * log_weights(weighing_2, columns)
-    losses = [
-        F.cross_entropy(z_NV, targets_N, ignore_index=-1, reduction="sum")
-        / (targets_N >= 0).sum().clamp(min=1)
-        for targets_N in targets_NW.unbind(1)
-    ]
-    losses_W = torch.stack(losses)
+    num_real = num_real or weight_VD.shape[0]
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens)
+    sums = []
+    for sample in drawn:
+        weight_KD, real = (
+            (weight_VD, num_real) if sample.ids_K is None else (weight_VD[sample.ids_K], columns)
+        )
+        raw_MK = F.linear(h_ND[sample.part], weight_KD.to(h_ND.dtype))[:, :real]
+        z_MK = bounded(raw_MK.to(torch.promote_types(h_ND.dtype, torch.float32)), softcap, rescale)
+        if sample.weighing_2 is not None:
+            z_MK = z_MK + math.log(2) * log_weights(sample.weighing_2, columns)
+        sets = [
+            F.cross_entropy(z_MK, targets_M, ignore_index=-1, reduction="sum")
+            for targets_M in sample.targets_MW.unbind(1)
+        ]
+        sums.append(torch.stack(sets))
+    losses_W = torch.stack(sums).sum(0) / target_counts(drawn)
     weights_W = torch.ones_like(losses_W) if weights_W is None else weights_W
     return (weights_W.to(losses_W.dtype) * losses_W).sum(), losses_W.detach()
 
@@ -80,6 +84,7 @@ def cross_entropy_head(
     rescale: tuple[float, float, float] | None = None,
     num_real: int | None = None,
     columns: int = 0,
+    sample_tokens: int = 0,
     fp8: bool = False,
     chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
@@ -92,10 +97,11 @@ def cross_entropy_head(
     logits (e4m3) and the gradient of h (e5m2) are FP8 products, the weight's gradient is not; D must then be
     a multiple of 16. With `columns` below `num_real` (0: all) the softmax runs over that many tokens, the
     targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
-    the targets of all rows. Raises KernelError for what it cannot take.
+    the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Raises KernelError for
+    what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
-    _check(h_ND, weight_VD, targets_NW, num_real, columns, fp8, chunk_tokens)
+    _check(h_ND, weight_VD, targets_NW, num_real, columns, sample_tokens, fp8, chunk_tokens)
     if torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
     if weights_W is None:
@@ -110,6 +116,7 @@ def cross_entropy_head(
         list(bound),
         num_real,
         columns,
+        sample_tokens,
         fp8,
         chunk_tokens,
         learns,
@@ -123,6 +130,7 @@ def _check(
     targets_NW: Tensor,
     num_real: int,
     columns: int,
+    sample_tokens: int,
     fp8: bool,
     chunk_tokens: int,
 ) -> None:
@@ -133,8 +141,9 @@ def _check(
         )
     if not 0 < num_real <= weight_VD.shape[0]:
         raise KernelError(f"num_real={num_real}, allowed: 1 to the weight's {weight_VD.shape[0]} rows")
-    if columns < 0:
-        raise KernelError(f"columns={columns}, allowed: 0 (all) and up")
+    for name, number in (("columns", columns), ("sample_tokens", sample_tokens)):
+        if number < 0:
+            raise KernelError(f"{name}={number}, allowed: 0 (all) and up")
     if chunk_tokens < 1:
         raise KernelError(f"chunk_tokens={chunk_tokens}, allowed: 1 and up; 8192 is the default")
     if fp8 and h_ND.shape[1] % 16:
@@ -150,6 +159,7 @@ def _head(
     bound: list[float],
     num_real: int,
     columns: int,
+    sample_tokens: int,
     fp8: bool,
     chunk_tokens: int,
     learns: bool,
@@ -157,33 +167,69 @@ def _head(
     """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
     require(h_ND.device)
     num_tokens, dim = h_ND.shape
-    ids_K = weighing_2 = None
-    if 0 < columns < num_real:
-        ids_K, targets_NW, weighing_2 = choose_columns(targets_NW, num_real=num_real, num_columns=columns)
-        num_real = columns
-    table_VD = _padded(weight_VD if ids_K is None else weight_VD[ids_K], h_ND.dtype)
-    counts_W = (targets_NW >= 0).sum(0).clamp(min=1)
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens)
+    counts_W = target_counts(drawn)
     coefficients_W = weights_W * _held(num_tokens) / counts_W
-    products = _Fp8Products(table_VD, coefficients_W) if fp8 and num_tokens else _Products(table_VD)
     nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
     grad_h_ND = torch.empty((num_tokens if learns else 0, dim), device=h_ND.device, dtype=h_ND.dtype)
-    grad_VD = torch.zeros((len(table_VD) if learns else 0, dim), device=h_ND.device, dtype=torch.float32)
-    for start in range(0, num_tokens, chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        h_CD, targets_CW = h_ND[part].contiguous(), targets_NW[part].contiguous()
-        logits_CV, narrow_CV = _row_pass(
-            products, h_CD, targets_CW, coefficients_W, nll_NW[part], num_real, bound, learns, weighing_2
-        )
-        if learns:
-            products.hidden_gradient(logits_CV, narrow_CV, grad_h_ND[part])
-            _accumulate(grad_VD, logits_CV, h_CD)
-        # The next chunk takes this one's memory.
-        del logits_CV, narrow_CV
+    grad_VD = torch.zeros((len(weight_VD) if learns else 0, dim), device=h_ND.device, dtype=torch.float32)
+    for sample in drawn:
+        weight_KD = weight_VD if sample.ids_K is None else weight_VD[sample.ids_K]
+        table_KD = _padded(weight_KD, h_ND.dtype)
+        products = _Fp8Products(table_KD, coefficients_W) if fp8 and num_tokens else _Products(table_KD)
+        own = (h_ND[sample.part], nll_NW[sample.part], grad_h_ND[sample.part])
+        grad_KD = _sample_pass(products, sample, *own, coefficients_W, num_real, bound, learns, chunk_tokens)
+        if sample.ids_K is None:
+            grad_VD = grad_KD[: len(weight_VD)]
+        elif learns:
+            # No token is drawn twice, so that the order of adding changes nothing.
+            grad_VD.index_add_(0, sample.ids_K, grad_KD[: len(sample.ids_K)])
     # A sum of its own for each set: how many others there are changes no bit of it.
     losses_W = torch.stack([nll_N.contiguous().sum() for nll_N in nll_NW.unbind(1)]) / counts_W
-    if learns and ids_K is not None:
-        grad_VD = grad_VD.new_zeros(weight_VD.shape).index_copy_(0, ids_K, grad_VD[:columns])
-    return (weights_W * losses_W).sum(), losses_W, grad_h_ND, grad_VD[: len(weight_VD)]
+    return (weights_W * losses_W).sum(), losses_W, grad_h_ND, grad_VD
+
+
+def _sample_pass(
+    products: "_Products",
+    sample: Sample,
+    h_MD: Tensor,
+    nll_MW: Tensor,
+    grad_h_MD: Tensor,
+    coefficients_W: Tensor,
+    num_real: int,
+    bound: list[float],
+    learns: bool,
+    chunk_tokens: int,
+) -> Tensor:
+    """Fills nll_MW and, if it `learns`, grad_h_MD, of one sample's tokens; returns its columns' gradient."""
+    columns = num_real if sample.ids_K is None else len(sample.ids_K)
+    rows_held = len(products.table_VD) if learns else 0
+    grad_KD = torch.zeros((rows_held, h_MD.shape[1]), device=h_MD.device, dtype=torch.float32)
+    for start in range(0, len(h_MD), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        h_CD, targets_CW = h_MD[part].contiguous(), sample.targets_MW[part].contiguous()
+        logits_CV, narrow_CV = _row_pass(
+            products,
+            h_CD,
+            targets_CW,
+            coefficients_W,
+            nll_MW[part],
+            columns,
+            bound,
+            learns,
+            sample.weighing_2,
+        )
+        if learns:
+            products.hidden_gradient(logits_CV, narrow_CV, grad_h_MD[part])
+            _accumulate(grad_KD, logits_CV, h_CD)
+        # The next chunk takes this one's memory.
+        del logits_CV, narrow_CV
+    return grad_KD
+
+
+def target_counts(drawn: list[Sample]) -> Tensor:
+    """How many targets each set has, at least 1, (W,)."""
+    return torch.stack([(sample.targets_MW >= 0).sum(0) for sample in drawn]).sum(0).clamp(min=1)
 
 
 def _row_pass(
@@ -252,7 +298,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale = grad / ctx.held
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     grad_h_ND, grad_VD = ((held.float() * scale).to(dtype) for held, dtype in pairs)
-    return grad_h_ND, grad_VD, None, None, None, None, None, None, None, None
+    return grad_h_ND, grad_VD, *[None] * 9
 
 
 _head.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,8 @@ with a uniform proposal and exact targets. The draw is a hash of the targets: it
 run that resumes draws the same.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,38 @@ from sabrage.hashing import scramble
 
 # Draws are numbers of this many bits; the next bit puts targets above all others.
 DRAW_BITS = 62
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens that share their columns: `part` of all, M, with `targets_MW` as columns, and the columns' ids.
+
+    Without a sample `ids_K` and `weighing_2` are None and the targets are those given.
+    """
+
+    part: slice
+    targets_MW: Tensor
+    ids_K: Tensor | None = None
+    weighing_2: Tensor | None = None
+
+
+def samples(targets_NW: Tensor, *, num_real: int, num_columns: int, tokens: int = 0) -> list[Sample]:
+    """The tokens in stretches of `tokens` (0: all of them) with columns drawn for each by `choose_columns`.
+
+    Fewer tokens have fewer targets, which leaves more columns to the sample, and several samples even out
+    what each of them misses. Without columns, or with as many as there are tokens to predict, it is one, of
+    all of them.
+    """
+    count = len(targets_NW)
+    if not 0 < num_columns < num_real:
+        return [Sample(slice(0, count), targets_NW)]
+    drawn = []
+    for start in range(0, max(count, 1), tokens or max(count, 1)):
+        part = slice(start, start + (tokens or count))
+        chosen = choose_columns(targets_NW[part], num_real=num_real, num_columns=num_columns)
+        ids_K, columns_MW, weighing_2 = chosen
+        drawn.append(Sample(part, columns_MW, ids_K, weighing_2))
+    return drawn
 
 
 def choose_columns(targets_NW: Tensor, *, num_real: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:

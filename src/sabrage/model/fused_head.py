@@ -23,17 +23,21 @@ class FusedHead(TableHead):
     for n distinct targets, which keeps the sum of exponentials unbiased (Bengio and Senecal 2008, IEEE Trans.
     Neural Networks 19(4); see `sabrage.kernels.sampled_columns`). The training loss is then an estimate, its
     expectation slightly below the exact loss, and every token's depends on the other targets of its
-    micro-batch. Evaluation is exact. From the size of the vocabulary on it is the plain head.
+    micro-batch. Evaluation is exact. From the size of the vocabulary on it is the plain head. Each stretch
+    of `sample_tokens` tokens (0: the micro-batch) draws columns of its own: it has fewer targets, so that
+    more of the columns are a sample, and the samples of a step differ.
     """
 
     fp8: bool = False
     columns: int = 0
+    sample_tokens: int = 0
     backend: KernelBackend = "auto"
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.columns < 0:
-            found.append(f"columns={self.columns} must be 0, for the whole vocabulary, or above")
+        for name, whole in (("columns", "vocabulary"), ("sample_tokens", "micro-batch")):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must be 0, for the whole {whole}, or above")
         return found
 
     def flops(self, dim: int, vocab_size: int, *, training: bool = False) -> int:
@@ -63,6 +67,7 @@ class FusedProjection(Projection):
     def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
         super().__init__(part, dim=dim, vocab_size=vocab_size)
         self.fp8, self.fused, self.columns = part.fp8, part.backend == "triton", part.columns
+        self.sample_tokens = part.sample_tokens
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that are not -1."""
@@ -82,6 +87,7 @@ class FusedProjection(Projection):
                 softcap=self.softcap,
                 rescale=self.rescale,
                 columns=columns,
+                sample_tokens=self.sample_tokens,
                 fp8=self.fp8 and self.training,
             )
         return cross_entropy_head_reference(
@@ -92,4 +98,5 @@ class FusedProjection(Projection):
             softcap=self.softcap,
             rescale=self.rescale,
             columns=columns,
+            sample_tokens=self.sample_tokens,
         )
