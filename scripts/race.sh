@@ -6,13 +6,14 @@
 # DATA is a folder of shards with as many training tokens as the recipes take, OUT receives runs, logs and
 # result files. Stages, all of them by default, in this order (minutes on an H100-class card):
 #   race       `fast` to its end with every seed, one run a card at a time (4 a seed)
-#   small      `fast-24gb` likewise, in 22 GiB of the card's memory (7 a seed)
+#   small      `fast-24gb` likewise, in 22 GiB of the card's memory (8 a seed)
 #   min        `fast-min` likewise (2 a seed)
 #   base       `base` likewise (2 a seed)
 #   breakdown  where a step's time goes in nocap, base and fast (6)
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
+#   try        what may lie in the way of depth, one whole pass of `fast` each beside `fast` as it is (5 a change)
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
 # run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
 # are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -23,7 +24,7 @@
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,25p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,26p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -42,7 +43,14 @@ changes=(
   optim.4.optimizer.lr=0.005
   optim.1.optimizer.lr=0.6+optim.2.optimizer.lr=0.06
   'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
-  optim.0.optimizer.lr=0.02
+  optim.0.optimizer.lr=0.014
+)
+# Why these: LOG.md, depth. Each has graphs of its own.
+tries=(
+  optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
+  model.narrow_stream=false
+  model.head.columns=16384+model.head.sample_tokens=16384
+  model.head.columns=12288+model.head.sample_tokens=16384+model.layers=12+optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
@@ -84,6 +92,11 @@ screen() {  # all changes of `fast` at once, eight runs over the cards
     --out "$out/screen" --result "$out/screen.json"
 }
 
+try() {  # each change alone, as many runs at a time as there are cards
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study compare fast "${tries[@]/#/fast+}" \
+    --seeds 1 "${track[@]}" --out "$out/try" --result "$out/try.json"
+}
+
 run() {
   case $1 in
     race) race fast ;;
@@ -93,6 +106,7 @@ run() {
     breakdown) CUDA_VISIBLE_DEVICES=${cards[0]} python3 -m sabrage.bench.breakdown nocap base fast \
       --out "$out/breakdown.json" "${commit[@]}" ;;
     screen) screen ;;
+    try) try ;;
     ablate) python3 -m sabrage study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2 \
       "${track[@]}" --out "$out/ablate" --result "$out/ablate.json" ;;
     *) echo "no stage $1" >&2; return 2 ;;

@@ -10,6 +10,7 @@ import torch
 from sabrage.cli import parse
 from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
+from sabrage.study.plan import parse_variant
 from sabrage.study.screening import lettered, screening
 from sabrage.train.loop import train
 from sabrage.train.workshop import blueprint
@@ -144,6 +145,18 @@ def test_what_is_screened_can_be_run_and_shares_one_graph(race):
     world = World(torch.device("cpu"))
     recipes = [variant.make() for variant in variants]
     assert len({blueprint(recipe, world) for recipe in recipes}) == 1
+    assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
+
+
+def test_what_is_tried_can_be_run_and_takes_the_same_tokens_as_fast(race):
+    code, said, commands = race("try", CARDS="0 1")
+    assert code == 0, said
+    (words,) = [words for words in commands if "study" in words]
+    assert words[0] == "0,1"
+    compare = parse(words[words.index("study") :]).command
+    assert (compare.recipes[0], compare.seeds, compare.steps) == ("fast", 1, None)
+    recipes = [parse_variant(text, compare.set).make().validate() for text in compare.recipes]
+    assert len(set(recipes)) == len(recipes) == 5
     assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
 
 
