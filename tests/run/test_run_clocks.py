@@ -154,3 +154,12 @@ def test_a_system_that_hides_the_start_gives_the_time_since_the_import(monkeypat
     told = process_age()
     monkeypatch.setattr(Path, "read_text", hidden)
     assert 0 <= process_age() <= told + 60
+
+
+def test_laps_are_the_stages_of_the_start_and_add_up_to_the_wall_clock(time):
+    clocks = Clocks(now=time, age=2)
+    for name, seconds in (("process", 3), ("checks", 4), ("model", 0)):
+        time.pass_(seconds)
+        clocks.lap(name)
+    assert clocks.laps == {"process": 5, "checks": 4, "model": 0}
+    assert sum(clocks.laps.values()) == clocks.wall_seconds

@@ -45,3 +45,13 @@ def test_another_seed_gives_other_losses(tiny, run_recipe):
     _, second = run_recipe(override(tiny, "budget.seed=1"), name="second")
     pairs = list(zip(first.events("train"), second.events("train"), strict=True))
     assert all(left["loss"] != right["loss"] for left, right in pairs)
+
+
+def test_the_log_begins_with_how_long_each_stage_of_the_start_took(tiny, run_recipe):
+    _, run = run_recipe(tiny)
+    first = run.records[0]
+    stages = ["process", "checks", "model", "manifest", "warm-up"]
+    assert [name for name in first if name not in ("event", "time")] == stages
+    assert first["event"] == "start"
+    assert all(first[name] >= 0 for name in stages)
+    assert sum(first[name] for name in stages) <= run.events("validation")[0]["wall_seconds"]

@@ -57,6 +57,12 @@ class Clocks:
         self._earlier = {"nocap": 0.0, "wall": 0.0}
         self._open: tuple[Phase, float] | None = None
         self._nocap: tuple[float, float] | None = None
+        # Seconds of each stage of the start-up, in order.
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Ends a stage of the start-up, which lasted since the one before, or since the process started."""
+        self.laps[name] = self._now() - self._started - sum(self.laps.values())
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -63,24 +63,28 @@ def train(
     What the `shelf` holds of an earlier run is used again where this one would build the very same. Raises
     ConfigError for what cannot run and TrainingStopped when loss or weights are no longer finite.
     """
+    clocks = clocks or Clocks()
+    clocks.lap("process")
     facts = probe(world.device)
     asked, recipe = recipe, resolve(recipe, facts).validate(facts)
     check_data(recipe, corpus, world)
     shelf, plan = shelf or Shelf(), blueprint(recipe, world)
     legality = None if resume else shelf.verdict(plan, partial(examined, asked))
-    clocks = clocks or Clocks()
+    clocks.lap("checks")
     use_compile_cache(recipe.runtime.compile == "on")
     allow_graphs(recipe)
 
     workshop = set_up(recipe, corpus, world, facts, shelf)
     step, evaluator = workshop.step, workshop.evaluator
     session = workshop.begin(recipe)
+    clocks.lap("model")
 
     with Recorder(
         asked, recipe, folder, corpus, world, facts, clocks, legality, tracker=tracker, resume=resume
     ) as recorder:
         if workshop.used:
             recorder.message("using the model and the compiled graphs of an earlier run of this process")
+        clocks.lap("manifest")
         clocks.start_nocap()
         if recipe.runtime.compile == "on" or facts.kind == "cuda":
             with clocks.phase("warm-up"):
@@ -94,6 +98,8 @@ def train(
                     say=recorder.message,
                     documents=recipe.data.separates,
                 )
+        clocks.lap("warm-up")
+        recorder.started()
         if resume:
             recorder.restore(session)
         with Interruption() as stop:

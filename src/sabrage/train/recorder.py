@@ -104,6 +104,11 @@ class Recorder:
         if self.world.leads:
             self.progress.message(text)
 
+    def started(self) -> None:
+        """Notes how long each stage of the start-up took, in seconds."""
+        if self.world.leads:
+            self.log.write("start", **self.clocks.laps)
+
     def trained(self, step: int, losses: list[float], knobs: Knobs, readings: dict[str, float]) -> None:
         """Notes the losses of the steps that end with `step` updates, and what else was read there."""
         seconds = self.clocks.train_seconds
