@@ -9,7 +9,6 @@ import torch
 
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Candidates
-from sabrage.blend.neighbours import Memory, Neighbours
 from sabrage.config import ConfigError, from_json, to_json
 from sabrage.train import blended
 from sabrage.train.loop import build_learner, make_evaluator
@@ -96,29 +95,6 @@ def test_unseen_tokens_must_be_there(run_recipe, blending):
     assert replace(SMALL, unseen_tokens=5, text_orders=0).problems()
 
 
-def test_of_the_newest_text_every_state_is_remembered_with_what_followed_it(monkeypatch, blending, parts):
-    corpus, evaluator = parts
-    given = []
-
-    def keeping(part, batches):
-        given.extend(batches)
-        return Memory(part, given)
-
-    monkeypatch.setattr(blended, "Memory", keeping)
-    size = corpus.train.block_tokens
-    recipe = replace(blending, blend=replace(SMALL, neighbours=Neighbours(tokens=3 * size)))
-    made = blended.blend(recipe, evaluator, corpus, 12, say=print)
-    stream = corpus.train.shards[0].astype(np.int64)
-    following_M = torch.cat([targets_M for _, targets_M in given])
-    assert following_M.tolist() == stream[9 * size + 1 : 12 * size + 1].tolist()
-    assert len(made.memory.keys_MK) == 3 * size
-    # The states are those of the text as validation would see it.
-    tokens_BT, _ = next(iter(evaluator.batches(stream[9 * size : 12 * size + 1])))
-    with torch.no_grad():
-        h_MD = evaluator.model.eval()(tokens_BT).flatten(0, 1)
-    torch.testing.assert_close(given[0][0], h_MD)
-
-
 def test_a_run_out_of_memory_at_its_end_is_not_lost(run_recipe, monkeypatch, blending, capsys):
     def large(text_N, size):
         raise torch.cuda.OutOfMemoryError
@@ -151,7 +127,6 @@ NONE = {"text_orders": 0, "document_orders": 0, "seen": False, "cache": ()}
         {"document_orders": 3},
         {"seen": True},
         {"cache": (9.0,)},
-        {"neighbours": Neighbours(sharpness=(9.0,))},
     ],
 )
 def test_each_kind_of_expert_helps_alone(blending, parts, alone):
@@ -185,7 +160,7 @@ def test_a_blend_with_other_candidates_is_refused(tmp_path, blending, parts, sav
         blended.load(tmp_path, recipes[1], evaluator, corpus, step=12)
 
 
-@pytest.mark.parametrize("more", [{}, {"neighbours": Neighbours()}, {"candidates": CANDIDATES}])
+@pytest.mark.parametrize("more", [{}, {"candidates": CANDIDATES}])
 def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts, more):
     corpus, evaluator = parts
     blending = replace(blending, blend=replace(SMALL, **more))

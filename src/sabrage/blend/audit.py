@@ -15,7 +15,6 @@ from sabrage.blend.candidates import Offered
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
-from sabrage.blend.neighbours import Memory
 
 VOCABULARY, ROWS, LENGTH, TEXT = 48, 3, 40, 3000
 END_OF_TEXT = 0
@@ -79,16 +78,10 @@ def stage(part: Blend) -> tuple[Tensor, Callable[[Tensor, Tensor], Evidence]]:
         h_BTD[:, 1:] += 0.5 * table_VD[tokens_BT[:, :-1]] * (tokens_BT[:, 1:, None] != END_OF_TEXT)
         return h_BTD
 
-    memory = (
-        Memory(part.neighbours, [(states(text_N[None])[0, :-1], text_N[1:])]) if part.neighbours else None
-    )
-
     def said(tokens_BT: Tensor, targets_BT: Tensor) -> Evidence:
         documents_BT = (tokens_BT == END_OF_TEXT).cumsum(1, dtype=torch.int32)
         rows = tokens_BT, targets_BT, documents_BT, states(tokens_BT)
-        return evidence_of(
-            part, grams, lambda h_MD: h_MD @ head_DV, *rows, vocab_size=VOCABULARY, memory=memory
-        )
+        return evidence_of(part, grams, lambda h_MD: h_MD @ head_DV, *rows, vocab_size=VOCABULARY)
 
     return rows_BT, said
 

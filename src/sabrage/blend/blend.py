@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from sabrage.blend.candidates import Candidates
 from sabrage.blend.grams import LONGEST, largest_vocabulary
-from sabrage.blend.neighbours import Neighbours
 from sabrage.config import Part
 
 
@@ -18,9 +17,8 @@ from sabrage.config import Part
 class Blend(Part):
     """Experts for contexts of 1 to `text_orders` tokens in the training text and, in the document so far, for
     `document_orders` contexts of 0, 1, 2 ... tokens; with `seen` the network restricted to tokens of the
-    document, and for each sharpness in `cache` the tokens that followed states like the present one; with
-    `neighbours` the same of the training text. With `candidates` the network's own probabilities are changed
-    first, token by token.
+    document, and for each sharpness in `cache` the tokens that followed states like the present one. With
+    `candidates` the network's own probabilities are changed first, token by token.
 
     The newest `text_tokens` tokens of the training text are counted, and `unseen_tokens` that come after
     those of the gate and that the network was not trained on: counting is a hundred times as fast. It takes
@@ -35,7 +33,6 @@ class Blend(Part):
     document_orders: int = 4
     seen: bool = True
     cache: tuple[float, ...] = (10.0, 20.0, 40.0)
-    neighbours: Neighbours | None = None
     candidates: Candidates | None = None
     held_out: int = 524_288
     hidden: int = 64
@@ -52,8 +49,7 @@ class Blend(Part):
         ]
         if not self.num_experts():
             found.append(
-                "blend has no expert; set text_orders, document_orders, seen, cache or neighbours, or "
-                "blend=null"
+                "blend has no expert; set text_orders, document_orders, seen or cache, or blend=null"
             )
         if self.unseen_tokens < 0 or (self.unseen_tokens and not self.text_orders):
             found.append(
@@ -68,8 +64,7 @@ class Blend(Part):
         ]
 
     def num_experts(self) -> int:
-        remembered = len(self.neighbours.sharpness) if self.neighbours else 0
-        return self.text_orders + self.document_orders + self.seen + len(self.cache) + remembered
+        return self.text_orders + self.document_orders + self.seen + len(self.cache)
 
     def unfit_vocabulary(self, vocab_size: int) -> list[str]:
         """Sentences about a vocabulary that cannot be counted."""

@@ -5,10 +5,9 @@ Counting experts look up the last k tokens, in the training text (k from 1) or i
 
     p(token) = hits / count,    count = occurrences of the context, hits = those that went on with the token
 
-and say nothing where the context was never seen. Two more make use of the network, see `neural`, and a third
-kind of its states in the training text, see `neighbours`. What is known of single candidates for the next
-token is evidence as well, see `candidates`. A context ends at the beginning of its row and document, so that
-experts see what the network sees.
+and say nothing where the context was never seen. Two more make use of the network, see `neural`. What is
+known of single candidates for the next token is evidence as well, see `candidates`. A context ends at the
+beginning of its row and document, so that experts see what the network sees.
 
 Shapes: B rows, T tokens in a row, N = B T, E experts, F features, D width of the network.
 """
@@ -23,7 +22,6 @@ from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Offered, listed, offered
 from sabrage.blend.columns import Columns
 from sabrage.blend.grams import Grams
-from sabrage.blend.neighbours import Memory
 from sabrage.blend.neural import Rows, cached, network_says
 
 
@@ -57,7 +55,6 @@ def evidence_of(
     h_BTD: Tensor,
     *,
     vocab_size: int,
-    memory: Memory | None = None,
 ) -> Evidence:
     """The evidence on the targets of whole rows; `targets_BT` are the tokens one further on.
 
@@ -95,11 +92,6 @@ def evidence_of(
         logs += log_NC.unbind(1)
         known += [(depth_BT > 1).flatten()] * len(part.cache)
         features.append(cache_NX)
-    if memory is not None:
-        log_NS, features_NX = memory.say(h_BTD.flatten(0, 1), rows.targets_BT.flatten())
-        logs += log_NS.unbind(1)
-        known += [features_NX[:, 0] > -1] * log_NS.shape[1]
-        features.append(features_NX)
     table = torch.stack(logs, 1), torch.stack(known, 1), torch.cat(features, 1), says.log_N
     if says.candidates is None:
         return Evidence(*table)

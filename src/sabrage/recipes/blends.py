@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Candidates
-from sabrage.blend.neighbours import Neighbours
 from sabrage.recipes.base import base
 
 blends = (
@@ -14,12 +13,6 @@ blends = (
         name="blend-counts",
         summary="base with counts of the training text and of the row so far mixed in at the end",
         blend=Blend(seen=False, cache=()),
-    ),
-    replace(
-        base,
-        name="blend-neighbours",
-        summary="blend, and what followed the states of the training text that are like the present one",
-        blend=Blend(neighbours=Neighbours()),
     ),
     replace(
         base,

@@ -16,7 +16,6 @@ from sabrage.blend.candidates import Candidates
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
-from sabrage.blend.neighbours import Memory
 from sabrage.config import ConfigError, from_json, to_json
 from sabrage.data.stream import sufficiency
 from sabrage.parts import Corpus
@@ -58,7 +57,6 @@ class Blended:
     shape: tuple[int | None, int | None]
     grams: Grams | None
     blocks: int
-    memory: Memory | None = None
     gate: Gate | None = None
 
     @torch.no_grad()
@@ -99,7 +97,6 @@ class Blended:
                 self.evaluator.documents(tokens_BT),
                 h_BTD,
                 vocab_size=self.evaluator.model.spec.vocab_size,
-                memory=self.memory,
             )
             yield found[targets_BT.flatten() >= 0]
 
@@ -115,14 +112,6 @@ class Blended:
                 yield tokens_BT, targets_BT, h_BTD
         finally:
             model.train(was_training)
-
-    @torch.no_grad()
-    def remember(self, text: np.ndarray) -> None:
-        """Keeps the states of a text, (N,), for what they are neighbours to."""
-        assert self.part.neighbours is not None
-        batches = ((h_BTD, targets_BT, targets_BT >= 0) for _, targets_BT, h_BTD in self.states(text))
-        kept = ((h_BTD[there_BT], targets_BT[there_BT]) for h_BTD, targets_BT, there_BT in batches)
-        self.memory = Memory(self.part.neighbours, kept)
 
     def head(self, h_MD: Tensor) -> Tensor:
         """Logits of the network's states, (M, V)."""
@@ -145,10 +134,7 @@ def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -
             unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
             text = np.concatenate((text, unseen))
         grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
-    made = Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
-    if part.neighbours:
-        made.remember(newest(corpus, blocks, part.neighbours.tokens))
-    return made
+    return Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
 
 
 def newest(corpus: Corpus, blocks: int, tokens: int) -> np.ndarray:
