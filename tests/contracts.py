@@ -36,6 +36,8 @@ TINY = {
     "tables": 1,
     "gates": 2,
     "columns": 100,
+    "sample_tokens": 48,
+    "frequent": 20,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from sabrage.kernels import cross_entropy as head
 from sabrage.kernels.cases import Case
 from sabrage.kernels.catalogue import CROSS_ENTROPY
-from sabrage.kernels.sampled_columns import choose_columns
+from sabrage.kernels.sampled_columns import choose_columns, most_frequent
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
@@ -41,6 +41,7 @@ def by_hand(
     num_real,
     columns,
     sample_tokens=0,
+    wanted_V=None,
     softcap=None,
     rescale=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,13 +49,17 @@ def by_hand(
     losses: list[list[torch.Tensor]] = [[] for _ in weights_W]
     stretch = sample_tokens or len(h_ND)
     for h_MD, targets_MW in zip(h_ND.split(stretch), targets_NW.split(stretch), strict=True):
-        ids = choose_columns(targets_MW, num_real=num_real, num_columns=columns)[0].tolist()
+        sizes = {"num_real": num_real, "num_columns": columns, "wanted_V": wanted_V}
+        ids = choose_columns(targets_MW, **sizes)[0].tolist()
         targets = {target for target in targets_MW.flatten().tolist() if target >= 0}
+        wanted = set() if wanted_V is None else set(wanted_V.nonzero().flatten().tolist())
+        certain = targets | wanted if len(targets | wanted) < columns else targets
         taken = targets & set(ids)
-        others = sorted(set(ids) - targets)
-        weight = (num_real - len(targets)) / len(others) if others else 1.0
+        others = sorted(set(ids) - certain)
+        weight = (num_real - len(certain)) / len(others) if others else 1.0
         z_MV = head.bounded(h_MD.double() @ weight_VD.double().T, softcap, rescale)[:, :num_real]
-        normaliser_M = z_MV[:, sorted(taken)].exp().sum(1) + weight * z_MV[:, others].exp().sum(1)
+        kept = sorted(certain & set(ids))
+        normaliser_M = z_MV[:, kept].exp().sum(1) + weight * z_MV[:, others].exp().sum(1)
         for found, targets_M in zip(losses, targets_MW.unbind(1), strict=True):
             pairs = [(m, target) for m, target in enumerate(targets_M.tolist()) if target in taken]
             found += [normaliser_M[m].log() - z_MV[m, target] for m, target in pairs]
@@ -91,6 +96,64 @@ def test_stretches_of_tokens_have_columns_of_their_own(
     exact = outcome(by_hand, given)
     assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=5), exact)
     assert_near(outcome(head.cross_entropy_head_reference, given), exact)
+
+
+@interpreted
+@pytest.mark.parametrize("columns", [90, 60], ids=["room for all", "for targets alone"])
+def test_what_is_wanted_is_no_sample_where_there_is_room(columns: int, poisoned: None) -> None:
+    wanted_V = torch.zeros(211, dtype=torch.bool)
+    wanted_V[5:60] = True
+    given = arguments() | {"columns": columns, "sample_tokens": 16, "wanted_V": wanted_V}
+    exact = outcome(by_hand, given)
+    assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=9), exact)
+    assert_near(outcome(head.cross_entropy_head_reference, given), exact)
+    assert outcome(head.cross_entropy_head, given | {"wanted_V": None})[0] != exact[0]
+
+
+@pytest.mark.parametrize("columns", [30, 12], ids=["room for all", "for targets alone"])
+def test_wanted_tokens_come_after_the_targets_and_before_the_sample(columns: int) -> None:
+    targets_NW = torch.tensor([[5], [90], [7]])
+    wanted_V = torch.zeros(100, dtype=torch.bool).index_fill(0, torch.arange(5, 16), True)
+    ids_K, _, weighing_2 = choose_columns(targets_NW, num_real=100, num_columns=columns, wanted_V=wanted_V)
+    certain = {5, 7, 90, *range(5, 16)} if columns == 30 else {5, 7, 90}
+    assert set(ids_K[:3].tolist()) == {5, 7, 90}
+    assert set(ids_K[: len(certain)].tolist()) == certain
+    weight = (100 - len(certain)) / (columns - len(certain))
+    torch.testing.assert_close(weighing_2, torch.tensor([len(certain), math.log2(weight)]))
+
+
+def test_the_most_frequent_are_those_with_the_largest_counts_and_of_equal_ones_the_lowest() -> None:
+    counts_V = torch.tensor([3, 0, 7, 3, 3, 10**12])
+    chosen = [most_frequent(counts_V, number).nonzero().flatten().tolist() for number in (1, 2, 4, 9)]
+    assert chosen == [[5], [2, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]]
+
+
+def test_a_sample_without_the_frequent_is_nearer_to_the_whole_softmax() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight_VD = torch.randn(500, 16, generator=generator) / 4
+    # The first forty are likely everywhere, by a number that all states share.
+    weight_VD[:, 0] = 0
+    weight_VD[:40, 0] = 3
+    wanted_V = torch.arange(500) < 40
+    errors: list[list[float]] = [[], []]
+    for _ in range(20):
+        h_ND = torch.randn(32, 16, generator=generator)
+        h_ND[:, 0] = 1
+        targets_NW = torch.randint(500, (32, 1), generator=generator)
+        given = {"h_ND": h_ND, "weight_VD": weight_VD, "targets_NW": targets_NW}
+        exact = outcome(head.cross_entropy_head_reference, given)[3]
+        for told, wanted in zip(errors, (None, wanted_V), strict=True):
+            changes = {"columns": 120, "wanted_V": wanted}
+            told.append(
+                (outcome(head.cross_entropy_head_reference, given, **changes)[3] - exact).norm().item()
+            )
+    assert sum(errors[1]) < 0.5 * sum(errors[0])
+
+
+@pytest.mark.parametrize("wanted_V", [torch.ones(211), torch.ones(200, dtype=torch.bool)])
+def test_what_is_wanted_is_told_by_one_bool_a_token(wanted_V: torch.Tensor) -> None:
+    with pytest.raises(head.KernelError, match=r"wanted_V is .*allowed: bool \(211,\)"):
+        head.cross_entropy_head(**arguments(), columns=80, wanted_V=wanted_V)
 
 
 @interpreted
@@ -243,7 +306,7 @@ def test_a_compiled_draw_is_the_eager_one() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("sample_tokens", [0, 200], ids=["one sample", "four"])
+@pytest.mark.parametrize("sample_tokens", [0, 200], ids=["one sample", "four with wanted tokens"])
 @pytest.mark.parametrize("columns", [4096, 16384, 300], ids=["whole blocks", "GPT-2", "too few"])
 @pytest.mark.parametrize("bound", BOUNDS, ids=str)
 def test_a_sample_on_the_device_is_the_one_computed_by_hand(
@@ -251,7 +314,9 @@ def test_a_sample_on_the_device_is_the_one_computed_by_hand(
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     case = Case("device", {"N": 777, "D": 64, "V": 50304, "W": 2}, {"num_real": 50257})
-    given = arguments(case, device="cuda") | bound | {"columns": columns, "sample_tokens": sample_tokens}
+    wanted_V = (torch.arange(50257, device="cuda") < 2000) if sample_tokens else None
+    sampling = {"columns": columns, "sample_tokens": sample_tokens, "wanted_V": wanted_V}
+    given = arguments(case, device="cuda") | bound | sampling
     on_host = {name: value.cpu() if torch.is_tensor(value) else value for name, value in given.items()}
     assert torch.equal(
         *(

@@ -163,6 +163,51 @@ def test_a_sampled_head_on_its_kernel_equals_its_plain_path_up_to_rounding():
         torch.testing.assert_close(fused_grads[name], grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_counts_its_targets_in_training_and_keeps_the_counts(tied):
+    head = FusedHead(backend="plain", tied=tied, columns=60, frequent=9)
+    model = build_model(small(head=head), seed=3)
+    model.eval()
+    loss_and_gradients(model)
+    assert model.head.counts_V.sum() == 0
+    targets_BT = torch.tensor([[7, 3, -1, 7]])
+    h_BTD = torch.randn(1, 4, model.spec.dim)
+    model.train()
+    for _ in range(2):
+        model.head.loss(h_BTD, targets_BT).backward()
+    counts_V = model.state_dict()["head.counts_V"]
+    assert {token: count for token, count in enumerate(counts_V.tolist()) if count} == {3: 2, 7: 4}
+    assert model.head.wanted(targets_BT[..., None]).nonzero().flatten().tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]
+
+
+def test_counting_targets_is_a_part_of_the_compiled_graph():
+    head, h_BTD = FusedHead(backend="plain", columns=60, frequent=9), torch.randn(1, 4, 16)
+    targets_BT = torch.tensor([[7, 3, -1, 7]])
+    modules = [head.build(dim=16, vocab_size=130).train() for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    plain, compiled = modules[0].loss, torch.compile(modules[1].loss, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert plain(h_BTD, targets_BT) == compiled(h_BTD, targets_BT)
+    assert torch.equal(modules[0].counts_V, modules[1].counts_V)
+    assert modules[1].counts_V.sum() == 6
+    torch._dynamo.reset()
+
+
+def test_more_frequent_tokens_than_columns_are_refused():
+    assert FusedHead(columns=60, frequent=60).problems() == []
+    assert FusedHead(columns=60, frequent=61).problems() == ["frequent=61, allowed: 0 to columns=60"]
+
+
 @pytest.mark.parametrize("columns", [130, 1000])
 def test_a_head_with_as_many_columns_as_tokens_is_the_whole_one_bit_for_bit(columns):
     heads = (FusedHead(backend="plain", columns=count) for count in (0, columns))

@@ -51,10 +51,13 @@ def cross_entropy_head_reference(
     num_real: int | None = None,
     columns: int = 0,
     sample_tokens: int = 0,
+    wanted_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits of the columns at once, softmax in fp32 or wider."""
     num_real = num_real or weight_VD.shape[0]
-    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens)
+    drawn = samples(
+        targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, wanted_V=wanted_V
+    )
     sums = []
     for sample in drawn:
         weight_KD, real = (
@@ -85,6 +88,7 @@ def cross_entropy_head(
     num_real: int | None = None,
     columns: int = 0,
     sample_tokens: int = 0,
+    wanted_V: Tensor | None = None,
     fp8: bool = False,
     chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
@@ -97,11 +101,15 @@ def cross_entropy_head(
     logits (e4m3) and the gradient of h (e5m2) are FP8 products, the weight's gradient is not; D must then be
     a multiple of 16. With `columns` below `num_real` (0: all) the softmax runs over that many tokens, the
     targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
-    the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Raises KernelError for
-    what it cannot take.
+    the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Tokens of `wanted_V`
+    (bool) are not left to the sample. Raises KernelError for what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
     _check(h_ND, weight_VD, targets_NW, num_real, columns, sample_tokens, fp8, chunk_tokens)
+    if wanted_V is not None and (wanted_V.dtype != torch.bool or len(wanted_V) < num_real):
+        raise KernelError(
+            f"wanted_V is {wanted_V.dtype} {tuple(wanted_V.shape)}; allowed: bool ({num_real},)"
+        )
     if torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
     if weights_W is None:
@@ -113,6 +121,7 @@ def cross_entropy_head(
         weight_VD,
         targets_NW,
         weights_W.detach().float(),
+        wanted_V,
         list(bound),
         num_real,
         columns,
@@ -156,6 +165,7 @@ def _head(
     weight_VD: Tensor,
     targets_NW: Tensor,
     weights_W: Tensor,
+    wanted_V: Tensor | None,
     bound: list[float],
     num_real: int,
     columns: int,
@@ -167,7 +177,9 @@ def _head(
     """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
     require(h_ND.device)
     num_tokens, dim = h_ND.shape
-    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens)
+    drawn = samples(
+        targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, wanted_V=wanted_V
+    )
     counts_W = target_counts(drawn)
     coefficients_W = weights_W * _held(num_tokens) / counts_W
     nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
@@ -298,7 +310,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale = grad / ctx.held
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     grad_h_ND, grad_VD = ((held.float() * scale).to(dtype) for held, dtype in pairs)
-    return grad_h_ND, grad_VD, *[None] * 9
+    return grad_h_ND, grad_VD, *[None] * 10
 
 
 _head.register_autograd(_backward, setup_context=_save)

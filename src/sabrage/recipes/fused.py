@@ -1,6 +1,6 @@
 """The fused kernels, each a part on the study base; the plain parts compute the same up to rounding.
 
-The training loss of `sampled-head` alone is an estimate.
+The training losses of `sampled-head` and `sampled-head-frequent` are estimates.
 """
 
 from sabrage.attention.multi_head import MultiHead
@@ -21,6 +21,11 @@ fused = (
         "sampled-head",
         "fused-head that trains on 16,384 columns: all targets and a sample of the other tokens",
         head=FusedHead(columns=16384),
+    ),
+    variant(
+        "sampled-head-frequent",
+        "sampled-head on 12,288 columns: targets of 16,384 tokens, the 8,000 most frequent and a sample",
+        head=FusedHead(columns=12_288, sample_tokens=16_384, frequent=8000),
     ),
     variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
     variant(
