@@ -50,7 +50,7 @@ def test_another_seed_gives_other_losses(tiny, run_recipe):
 def test_the_log_begins_with_how_long_each_stage_of_the_start_took(tiny, run_recipe):
     _, run = run_recipe(tiny)
     first = run.records[0]
-    stages = ["process", "checks", "model", "manifest", "warm-up"]
+    stages = [f"{name}_seconds" for name in ("process", "checks", "model", "manifest", "warm-up")]
     assert [name for name in first if name not in ("event", "time")] == stages
     assert first["event"] == "start"
     assert all(first[name] >= 0 for name in stages)

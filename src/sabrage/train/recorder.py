@@ -107,7 +107,7 @@ class Recorder:
     def started(self) -> None:
         """Notes how long each stage of the start-up took, in seconds."""
         if self.world.leads:
-            self.log.write("start", **self.clocks.laps)
+            self.log.write("start", **{f"{name}_seconds": lap for name, lap in self.clocks.laps.items()})
 
     def trained(self, step: int, losses: list[float], knobs: Knobs, readings: dict[str, float]) -> None:
         """Notes the losses of the steps that end with `step` updates, and what else was read there."""
