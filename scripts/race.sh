@@ -48,9 +48,9 @@ changes=(
 # Why these: LOG.md, depth. Each has graphs of its own.
 tries=(
   optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
-  model.narrow_stream=false
   model.head.columns=12288+model.head.sample_tokens=16384+model.head.frequent=8000
   model.head.columns=12288+model.head.sample_tokens=16384+model.head.frequent=8000+model.layers=12+optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
+  model.narrow_stream=false+model.wiring.inner.residual.sizes=true
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
