@@ -13,6 +13,7 @@ import pytest
 
 from sabrage.cli import main
 from sabrage.config import override
+from sabrage.model.fused_head import FusedHead
 from sabrage.optim.muon import Muon
 from sabrage.parts import OptimizerGroup
 from sabrage.plan import Stages
@@ -147,7 +148,15 @@ def with_growing_depth(recipe):
     )
 
 
-@pytest.mark.parametrize("change", [with_dropout, with_gradients_that_wait, with_stages, with_growing_depth])
+def with_frequent_columns(recipe):
+    head = FusedHead(backend="plain", columns=150, sample_tokens=40, frequent=60)
+    return replace(recipe, model=replace(recipe.model, head=head))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_dropout, with_gradients_that_wait, with_stages, with_growing_depth, with_frequent_columns],
+)
 def test_whatever_the_rest_of_the_run_depends_on_is_in_the_checkpoint(tiny, run_recipe, change):
     recipe = override(override(change(tiny), "budget.checkpoint_every=5"), "budget.keep_checkpoints=3")
     _, whole = run_recipe(recipe)

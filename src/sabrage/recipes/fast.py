@@ -4,7 +4,7 @@ Read `fast` from its model down. Why it is fast:
 
 - Muon moves the matrices. NorMuon evens out their rows, and decay is cautious. In the long run its rate times
   the decay says how fast they turn, and its rate over the decay how large they are: smaller than usual here,
-  since with large ones the stream grows and deep networks lose what they were ahead.
+  since with larger ones fifteen layers lost what they had been ahead of eleven.
 - Tables are cheap: a row is read where its token occurs and costs no product. Pairs of tokens and the values
   of six layers have tables of their own, so that the matrices need not learn word-pair statistics.
 - Small batches early: one GPU pays no communication, and the first tokens teach more in small steps.
