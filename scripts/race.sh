@@ -84,17 +84,20 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
+study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage that calls it
+  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study "$@" "${track[@]}" \
+    --out "$out/${FUNCNAME[1]}" --result "$out/${FUNCNAME[1]}.json"
+}
+
 screen() {  # all changes of `fast` at once, eight runs over the cards
   local change words=()
   for change in "${changes[@]}"; do words+=(--change "$change"); done
   [ -z "${TOKENS:-}" ] || words+=(--tokens "$TOKENS")
-  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study screen fast "${words[@]}" --inline "${track[@]}" \
-    --out "$out/screen" --result "$out/screen.json"
+  study screen fast "${words[@]}" --inline
 }
 
 try() {  # each change alone, as many runs at a time as there are cards
-  CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study compare fast "${tries[@]/#/fast+}" \
-    --seeds 1 "${track[@]}" --out "$out/try" --result "$out/try.json"
+  study compare fast "${tries[@]/#/fast+}" --seeds 1
 }
 
 run() {

@@ -131,12 +131,19 @@ def test_all_stages_give_commands_that_parse(race):
     assert (ablation.recipe, ablation.base, ablation.alone, ablation.steps) == ("fast", "base", True, 300)
 
 
-def test_what_is_screened_can_be_run_and_shares_one_graph(race):
-    code, said, commands = race("screen", CARDS="0 1")
+def studied(race, stage):
+    """What a stage that is one study asks for, on two cards."""
+    code, said, commands = race(stage, CARDS="0 1")
     assert code == 0, said
     (words,) = [words for words in commands if "study" in words]
     assert words[0] == "0,1"
-    screen = parse(words[words.index("study") :]).command
+    command = parse(words[words.index("study") :]).command
+    assert (command.out.name, command.result.name) == (stage, f"{stage}.json")
+    return command
+
+
+def test_what_is_screened_can_be_run_and_shares_one_graph(race):
+    screen = studied(race, "screen")
     factors = lettered(screen.change)
     variants = screening(screen.recipe, factors, screen.set)
     assert len(factors) == 7
@@ -149,11 +156,7 @@ def test_what_is_screened_can_be_run_and_shares_one_graph(race):
 
 
 def test_what_is_tried_can_be_run_and_takes_the_same_tokens_as_fast(race):
-    code, said, commands = race("try", CARDS="0 1")
-    assert code == 0, said
-    (words,) = [words for words in commands if "study" in words]
-    assert words[0] == "0,1"
-    compare = parse(words[words.index("study") :]).command
+    compare = studied(race, "try")
     assert (compare.recipes[0], compare.seeds, compare.steps) == ("fast", 1, None)
     recipes = [parse_variant(text, compare.set).make().validate() for text in compare.recipes]
     assert len(set(recipes)) == len(recipes) == 5

@@ -184,7 +184,9 @@ def _head(
     coefficients_W = weights_W * _held(num_tokens) / counts_W
     nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
     grad_h_ND = torch.empty((num_tokens if learns else 0, dim), device=h_ND.device, dtype=h_ND.dtype)
-    grad_VD = torch.zeros((len(weight_VD) if learns else 0, dim), device=h_ND.device, dtype=torch.float32)
+    # Without a sample the columns are the rows of W, and their gradient is its own.
+    summed = learns and drawn[0].ids_K is not None
+    grad_VD = torch.zeros((len(weight_VD) if summed else 0, dim), device=h_ND.device, dtype=torch.float32)
     for sample in drawn:
         weight_KD = weight_VD if sample.ids_K is None else weight_VD[sample.ids_K]
         table_KD = _padded(weight_KD, h_ND.dtype)

@@ -57,9 +57,10 @@ def samples(
     count = len(targets_NW)
     if not 0 < num_columns < num_real:
         return [Sample(slice(0, count), targets_NW)]
-    drawn = []
-    for start in range(0, max(count, 1), tokens or max(count, 1)):
-        part = slice(start, start + (tokens or count))
+    drawn, whole = [], max(count, 1)
+    stretch = tokens or whole
+    for start in range(0, whole, stretch):
+        part = slice(start, start + stretch)
         ids_K, columns_MW, weighing_2 = choose_columns(
             targets_NW[part], num_real=num_real, num_columns=num_columns, wanted_V=wanted_V
         )

@@ -1,6 +1,7 @@
 """A head whose cross-entropy never holds all logits at once; see `sabrage.kernels.cross_entropy`."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -90,20 +91,10 @@ class FusedProjection(Projection):
         h_ND, targets_NW = h_BTD.flatten(0, -2), targets_BTW.flatten(0, -2)
         columns = self.columns if self.training else 0
         wanted_V = self.wanted(targets_NW) if columns and self.counts_V is not None else None
+        compute = cross_entropy_head_reference
         if self.fused:
-            return cross_entropy_head(
-                h_ND,
-                self.weight,
-                targets_NW,
-                weights_W=weights_W,
-                softcap=self.softcap,
-                rescale=self.rescale,
-                columns=columns,
-                sample_tokens=self.sample_tokens,
-                wanted_V=wanted_V,
-                fp8=self.fp8 and self.training,
-            )
-        return cross_entropy_head_reference(
+            compute = partial(cross_entropy_head, fp8=self.fp8 and self.training)
+        return compute(
             h_ND,
             self.weight,
             targets_NW,
