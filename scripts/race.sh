@@ -45,11 +45,11 @@ changes=(
   'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
   optim.0.optimizer.lr=0.014
 )
-# Why these: LOG.md, depth. Each has graphs of its own.
+# Why these: LOG.md, depth and speed. Each but the first has graphs of its own.
 tries=(
-  optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
-  model.head.columns=12288+model.head.sample_tokens=16384+model.head.frequent=8000
-  model.head.columns=12288+model.head.sample_tokens=16384+model.head.frequent=8000+model.layers=12+optim.0.optimizer.lr=0.0125+optim.0.optimizer.weight_decay=0.2
+  optim.0.optimizer.lr=0.018+optim.0.optimizer.weight_decay=0.14
+  model.layers=14
+  model.head.columns=24576+model.head.sample_tokens=0+model.head.frequent=0
   model.narrow_stream=false+model.wiring.inner.residual.sizes=true
 )
 

@@ -199,8 +199,8 @@ def test_a_named_backend_stays_what_it_is(backend):
 def test_a_named_backend_that_does_not_know_the_mask_is_refused_with_those_that_do():
     said = refusal("cudnn", facts((9, 0)), ("window",))
     assert said == (
-        "attention backend 'cudnn' knows no window; use backend=auto, or one of plain, sdpa, flex, varlen, "
-        "fa3, fa4"
+        "attention backend 'cudnn' knows no window; use backend=auto, or one of plain, sdpa, flex, triton, "
+        "varlen, fa3, fa4"
     )
     part = MultiHead(heads=2, backend="sdpa", scores=(Alibi(),))
     assert "'sdpa' knows no scores" in part.refusal(facts(None, kind="cpu"))

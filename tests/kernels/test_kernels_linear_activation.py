@@ -65,6 +65,36 @@ def test_autocast_decides_the_products_and_gradients_keep_their_dtype() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("sizes", [(256, 128, 512), (200, 72, 600), (1, 8, 8)], ids=str)
+def test_the_kernel_for_the_copy_engine_computes_the_same(
+    sizes: tuple[int, int, int], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, dim, wide = sizes
+    shapes = ((tokens, dim), (wide, dim), (dim, wide))
+    tensors = [torch.randn(shape, generator=generator).half() / 4 for shape in shapes]
+    found = []
+    for capability in ((8, 6), (9, 0)):
+        monkeypatch.setattr(room, "capability_of", lambda _, told=capability: told)
+        given = [tensor.clone().requires_grad_() for tensor in tensors]
+        y = perceptron(*given)
+        y.square().sum().backward()
+        found.append((y.detach(), *(tensor.grad for tensor in given)))
+    for mapped, other in zip(*reversed(found), strict=True):
+        assert (mapped.float() - other.float()).abs().max() <= 4e-3 * other.float().abs().max()
+
+
+def test_the_copy_engine_is_for_hopper_and_aligned_rows_of_sixteen_bits() -> None:
+    a, b, out = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((9, 16), (24, 16), (9, 24)))
+    assert room.maps((9, 0), "relu_squared", a, b, out)
+    assert room.maps((9, 0), "relu_squared_back", a, b, out)
+    assert not room.maps((9, 0), "gelu", a, b, out)
+    assert not any(room.maps(other, "relu_squared", a, b, out) for other in ((8, 0), (8, 9), (10, 0)))
+    assert not room.maps((9, 0), "relu_squared", a.float(), b.float(), out.float())
+    assert not room.maps((9, 0), "relu_squared", a[:, :12], b[:, :12], out)
+
+
+@interpreted
 def test_the_polynomial_gelu_is_the_exact_one_to_a_ten_millionth() -> None:
     z = torch.linspace(-8, 8, 512)[:, None]
     wide, one = z.repeat(1, 16) / 16, torch.eye(16)[:1]

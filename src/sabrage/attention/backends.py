@@ -3,7 +3,7 @@
 out = softmax(modify(q k^T / sqrt(K)) + mask) v. `plain` is the specification, in fp32, and `sdpa` is torch's
 choice; both run everywhere. The others are for CUDA, bf16 and fp16: `flash` is FlashAttention-2 and `cudnn`
 cuDNN's fused attention (FlashAttention-3 class on Hopper), `flex` is FlexAttention, `varlen` FlashAttention-2
-over a flat batch, `fa3` and `fa4` are packages of their own.
+over a flat batch, `triton` a kernel of ours, `fa3` and `fa4` are packages of their own.
 
 The rule: a fused backend is for whole sequences under the masks that it knows, `KNOWS`. Where the mask is
 another one, and in decoding from a cache, it gives way to `sdpa` with that mask, or to `plain` where scores
@@ -24,9 +24,11 @@ from sabrage.attention.flex import flex
 from sabrage.attention.scores import ScoreModule
 from sabrage.attention.varlen import varlen
 from sabrage.context import Context
+from sabrage.kernels import span_attention
+from sabrage.kernels.language import require
 from sabrage.run.device import DeviceFacts
 
-Backend = Literal["auto", "plain", "sdpa", "flash", "cudnn", "flex", "varlen", "fa3", "fa4"]
+Backend = Literal["auto", "plain", "sdpa", "flash", "cudnn", "flex", "triton", "varlen", "fa3", "fa4"]
 # What a mask may need beside causality.
 Need = Literal["window", "documents", "scores"]
 
@@ -37,13 +39,14 @@ KNOWS: dict[str, set[Need]] = {
     "flash": set(),
     "cudnn": set(),
     "flex": {"window", "documents", "scores"},
+    "triton": {"window", "documents"},
     "varlen": {"window", "documents"},
     "fa3": {"window"},
     "fa4": {"window"},
 }
 CUDA_KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 # The widest head of those that have a limit.
-WIDEST = {"flash": 256, "cudnn": 128, "varlen": 256, "fa3": 256, "fa4": 128}
+WIDEST = {"flash": 256, "cudnn": 128, "triton": span_attention.WIDEST, "varlen": 256, "fa3": 256, "fa4": 128}
 
 # What "auto" tries, in order, by the first number of the compute capability: the first that knows the mask
 # and can be used. Measured on an H100 (results/attention.json; torch 2.11, T=2,048, forward / backward
@@ -55,7 +58,7 @@ WIDEST = {"flash": 256, "cudnn": 128, "varlen": 256, "fa3": 256, "fa4": 128}
 # Blackwell its authors report more than cuDNN), and every card but Hopper, where flash is the safe choice.
 PREFERRED: dict[int, tuple[Backend, ...]] = {
     8: ("flash", "flex"),
-    9: ("cudnn", "fa3", "flex", "flash"),
+    9: ("cudnn", "triton", "fa3", "flex", "flash"),
     10: ("fa4", "cudnn", "flex", "flash"),
 }
 OTHERWISE: tuple[Backend, ...] = ("flash", "flex")
@@ -96,6 +99,8 @@ def fused_refusal(backend: str, facts: DeviceFacts, *, width: int | None = None)
             f"attention backend {backend!r} takes heads of width {WIDEST[backend]} at most and these have "
             f"{width}; use backend=auto or flex, or more heads"
         )
+    if backend == "triton" and facts.triton is None:
+        return "attention backend 'triton' needs Triton, which is missing; pip install triton, or use flex"
     if backend in packages.MODULES:
         reason = packages.missing(backend)
         return reason and f"attention backend {backend!r} {reason}; use backend=auto, cudnn or flex"
@@ -169,7 +174,10 @@ def attend(
         k, v = (repeated(x, q.shape[1]) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        check_fused(backend, q_BTHK)
+        if backend == "triton":
+            require(q_BTHK.device)
+        else:
+            check_fused(backend, q_BTHK)
         return fused(backend, q_BTHK, k_BSGK, v_BSGX, context, window)
     return out.transpose(1, 2)
 
@@ -200,6 +208,13 @@ def fused(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return varlen(q, k, v, context, window=window)
     q, k, v = of_one_width(q, k, v)
+    if backend == "triton":
+        like_BT, documents_BT = q[:, 0, :, 0], context.documents_BT
+        spans = context.once(
+            ("spans", like_BT.shape, window), lambda: span_attention.spans(like_BT, documents_BT, window)
+        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return span_attention.span_attention(q, k, v, *spans, scale=scale)[..., :width]
     with sdpa_kernel(CUDA_KERNELS[backend]):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return out[..., :width].transpose(1, 2)

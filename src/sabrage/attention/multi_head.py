@@ -215,28 +215,26 @@ class MultiHeadAttention(nn.Module):
         return few and q_BTHK.is_cuda and cannot_run(q_BTHK.device) is None
 
     def turned(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """What `project` gives, queries and keys normalised and at their positions."""
+        """What `project` gives: queries and keys normalised, at their positions; values with their addend."""
         part = self.part
         if part.rotary_backend == "triton" and context.positions_BT is None:
             heads_BTHK = self.qkv(x_BTD).unflatten(2, (3 * part.heads, -1))
             tables = self.rotary.upto(x_BTD.shape[1])
-            qk_BTHK = rotary_norm(heads_BTHK[:, :, : 2 * part.heads], *tables)
-            q, k = qk_BTHK.chunk(2, dim=2)
-            return q, k, heads_BTHK[:, :, 2 * part.heads :]
+            addend = added_to(heads_BTHK[:, :, 2 * part.heads :], context)
+            return rotary_norm(heads_BTHK, *tables, addend_BTHK=addend)
         q, k, v = self.project(x_BTD)
         if part.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, context.positions_BT), self.rotary(k, context.positions_BT)
-        return q, k, v
+        addend = added_to(v, context)
+        return q, k, v if addend is None else v + addend
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         q, k, v = self.turned(x_BTD, context)
         if self.part.scale is not None:
             # Every backend divides by the root of the width.
             q = q * (self.part.scale * q.shape[-1] ** 0.5)
-        if context.values_BTD is not None:
-            v = v + context.values_BTD.to(v.dtype).view_as(v)
         y_BTHK = self.attended(q, k, v, context)
         if self.part.exclusive_self:
             y_BTHK = exclusive(y_BTHK, v)
@@ -269,3 +267,8 @@ class MultiHeadAttention(nn.Module):
         if part.paired:
             return attend_paired(q, k, v, context, backend=part.backend, window=window)
         return attend(q, k, v, context, backend=part.backend, window=window, scores=self.scores)
+
+
+def added_to(v_BTGK: Tensor, context: Context) -> Tensor | None:
+    """What values get beside what their projection gives, as they are."""
+    return None if context.values_BTD is None else context.values_BTD.to(v_BTGK.dtype).view_as(v_BTGK)

@@ -8,6 +8,7 @@ WIDTH, HEIGHT, MARGIN, GAP = 250, 150, 46, 26
 COLOURS = {
     "plain": "#9a9a9a", "sdpa": "#7a5c3e", "flash": "#2a6fb0", "cudnn": "#2a7f62",
     "flex": "#c0562a", "varlen": "#7c4fb0", "fa3": "#b02a6f", "fa4": "#222222",
+    "triton": "#17becf",
 }  # fmt: skip
 
 

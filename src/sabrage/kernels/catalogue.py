@@ -14,9 +14,9 @@ from sabrage.kernels import (
     grouped_product,
     linear_activation,
     residual_norm,
-    rotary_norm,
     symmetric_product,
 )
+from sabrage.kernels.attention_cases import ROTARY_NORM, SPAN_ATTENTION
 from sabrage.kernels.cases import Case, Operation, normal
 from sabrage.kernels.paged_cases import PAGED_ATTENTION, PAGED_LATENT
 
@@ -265,41 +265,6 @@ ORTHOGONALISATION = Operation(
 )
 
 
-def _rotary_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    """Strided cases are the queries and keys of a fused projection, its values left out."""
-    batch, time, heads, width = (case.sizes[name] for name in ("B", "T", "H", "K"))
-    all_heads = heads * 3 // 2 if case.strided else heads
-    angle_TK = torch.arange(time, device=generator.device)[:, None] / 10000 ** torch.linspace(
-        0, 1, width // 2, device=generator.device
-    )
-    return {
-        "x_BTHK": normal(generator, batch, time, all_heads, width, dtype=dtype)[:, :, :heads],
-        "cosine_TK": angle_TK.cos(),
-        "sine_TK": angle_TK.sin(),
-    }
-
-
-ROTARY_NORM = Operation(
-    name="rotary_norm",
-    fused=_alone(rotary_norm.rotary_norm),
-    plain=_alone(rotary_norm.rotary_norm_reference),
-    inputs=_rotary_inputs,
-    outputs=("y",),
-    gradients=("x_BTHK",),
-    cases=(
-        Case("odd", {"B": 3, "T": 7, "H": 5, "K": 22}),
-        Case("inside a projection", {"B": 2, "T": 9, "H": 4, "K": 32}, strided=True),
-        Case("empty", {"B": 0, "T": 7, "H": 4, "K": 32}),
-        Case("GPT-2 queries and keys", {"B": 64, "T": 1024, "H": 24, "K": 64}, strided=True, measured=True),
-        Case("six wide heads", {"B": 64, "T": 1024, "H": 12, "K": 128}, strided=True, measured=True),
-    ),
-    memory_bytes=lambda case, size: (
-        size * 5 * case.sizes["B"] * case.sizes["T"] * case.sizes["H"] * case.sizes["K"]
-    ),
-    flops=lambda case: 0,
-)
-
-
 def _grouped_inputs(case: Case, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
     """Groups of random sizes; where there are more than two, the second one is empty."""
     rows, dim, wide, experts = (case.sizes[name] for name in ("M", "D", "O", "E"))
@@ -359,6 +324,7 @@ OPERATIONS = (
     SYMMETRIC_PRODUCT,
     ORTHOGONALISATION,
     ROTARY_NORM,
+    SPAN_ATTENTION,
     GROUPED_PRODUCT,
     PAGED_LATENT,
     PAGED_ATTENTION,

@@ -6,6 +6,9 @@ Forward, act is applied to the tile while it is still in registers. Backward, th
 of act(z), and its epilogue multiplies by act'(z) before anything is written. relu(z)^2 does not keep z:
 act'(z) = 2 relu(z) = 2 sqrt(act(z)), and the root halves the relative rounding error of what is kept. GELU
 keeps z and computes GELU(z) again in the epilogue. The other products are torch's own.
+
+On Hopper relu(z)^2 has a kernel of its own, whose tiles the copy engine brings and takes away: one program a
+multiprocessor goes through all tiles, and the next one is on its way while an epilogue runs.
 """
 
 # Kernels take pointers, which Python has no types for.
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels.language import KernelError, capability_of, jit, require, tl
+from sabrage.kernels.language import KernelError, capability_of, jit, num_processors, require, tl
 from sabrage.kernels.tiles import Tile
 
 Activation = Literal["relu_squared", "gelu"]
@@ -33,6 +36,11 @@ TILES = {
     ("ampere", "other"): Tile(128, 128, 32, num_warps=8, num_stages=4),
 }
 FP32_TILE = Tile(64, 64, 16, num_warps=4, num_stages=2)
+# For the copy engine. On an H200, 65,536 tokens of width 768: 0.43 ms and 0.59 ms back, the other kernel 0.56
+# and 0.64, torch's product with the compiler's activation 0.60 and 0.70. Of twenty tiles the fastest.
+MAPPED_TILE = Tile(128, 256, 64, num_warps=8, num_stages=3)
+# Bytes that the copy engine wants rows to be multiples of.
+ALIGNMENT = 16
 # Tiles this many rows apart run together and share columns in the L2 cache.
 GROUP = 8
 
@@ -151,6 +159,9 @@ def _launch(
     (m, k), n = a_MK.shape, out_MN.shape[1]
     if not m:
         return
+    if maps(capability_of(a_MK.device), epilogue, a_MK, b, out_MN):
+        _launch_mapped(a_MK, b, out_MN, kept)
+        return
     tile = tile_for(capability_of(a_MK.device), a_MK.dtype, epilogue)
     _product[(-(-m // tile.m) * -(-n // tile.n),)](
         a_MK,
@@ -172,6 +183,87 @@ def _launch(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def maps(capability: tuple[int, int], epilogue: str, *tensors: Tensor) -> bool:
+    """Whether the kernel for the copy engine takes this product."""
+    narrow = all(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+    aligned = all(x.shape[1] * x.element_size() % ALIGNMENT == 0 for x in tensors)
+    return capability == (9, 0) and epilogue.startswith("relu_squared") and narrow and aligned
+
+
+def _launch_mapped(a_MK: Tensor, b: Tensor, out_MN: Tensor, kept: Tensor | None) -> None:
+    """relu(a b^T)^2; with what was kept of it, the product a b times its derivative."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (m, k), n, tile, back = a_MK.shape, out_MN.shape[1], MAPPED_TILE, kept is not None
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    programs = min(tiles, num_processors(a_MK.device))
+    half = [tile.m, tile.n // 2]
+    out_map = TensorDescriptor.from_tensor(out_MN, half)
+    _mapped_product[(programs,)](
+        TensorDescriptor.from_tensor(a_MK, [tile.m, tile.k]),
+        TensorDescriptor.from_tensor(b, [tile.k, tile.n] if back else [tile.n, tile.k]),
+        out_map,
+        out_map if kept is None else TensorDescriptor.from_tensor(kept, half),
+        m,
+        n,
+        k,
+        BACK=back,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        GROUP=GROUP,
+        PROGRAMS=programs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+@jit
+def _mapped_product(
+    a,
+    b,
+    out,
+    kept,
+    M,
+    N,
+    K,
+    BACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Every PROGRAMS-th tile of relu(a b^T)^2, or of a b times 2 sqrt(kept); beyond an edge all is 0."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        first_m = tile // (GROUP * tiles_n) * GROUP
+        height = tl.minimum(tiles_m - first_m, GROUP)
+        row = (first_m + tile % (GROUP * tiles_n) % height) * BLOCK_M
+        column = tile % (GROUP * tiles_n) // height * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for depth in range(0, K, BLOCK_K):
+            left = a.load([row, depth])
+            if BACK:
+                total = tl.dot(left, b.load([depth, column]), total)
+            else:
+                total = tl.dot(left, b.load([column, depth]).T, total)
+        # In halves, whose way out needs half of the shared memory.
+        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
+        if BACK:
+            first *= 2 * tl.sqrt(kept.load([row, column]).to(tl.float32))
+            out.store([row, column], first.to(out.dtype))
+            second *= 2 * tl.sqrt(kept.load([row, column + BLOCK_N // 2]).to(tl.float32))
+        else:
+            first = tl.maximum(first, 0.0)
+            first *= first
+            out.store([row, column], first.to(out.dtype))
+            second = tl.maximum(second, 0.0)
+            second *= second
+        out.store([row, column + BLOCK_N // 2], second.to(out.dtype))
 
 
 @jit

@@ -23,6 +23,7 @@ from sabrage.kernels import (
     paged_latent,
     residual_norm,
     rotary_norm,
+    span_attention,
     split,
     symmetric_product,
 )
@@ -217,9 +218,24 @@ def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) 
 
 def _linear_activation(capability: tuple[int, int]) -> list[Build]:
     forward = [("relu_squared", False), ("gelu", True)]
-    return [
+    found = [
         _product_build(capability, name + way, second=kept) for name, kept in forward for way in ("", "_back")
     ]
+    if capability == (9, 0):
+        found += [_mapped_product_build(back=back) for back in (False, True)]
+    return found
+
+
+def _mapped_product_build(*, back: bool) -> Build:
+    tile = linear_activation.MAPPED_TILE
+    b, half = (tile.k, tile.n) if back else (tile.n, tile.k), (tile.m, tile.n // 2)
+    boxes = {"a": (tile.m, tile.k), "b": b, "out": half, "kept": half}
+    types = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in boxes.items()}
+    types |= dict.fromkeys(("M", "N", "K"), "i32:16")
+    constants = {"BACK": back, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    constants |= {"GROUP": linear_activation.GROUP, "PROGRAMS": 132}
+    name, kernel = f"mapped product{', back' if back else ''}", linear_activation._mapped_product
+    return Build(name, kernel, types, constants, tile.num_warps, tile.num_stages, 255)
 
 
 def _symmetric(capability: tuple[int, int]) -> list[Build]:
@@ -233,10 +249,10 @@ def _symmetric(capability: tuple[int, int]) -> list[Build]:
 
 
 def _rotary(capability: tuple[int, int]) -> list[Build]:
-    types = {"x": "*bf16", "grad": "*bf16", "cosine": "*fp32", "sine": "*fp32", "out": "*bf16", "eps": "fp32"}
-    types |= dict.fromkeys(("rows", "time", "x_batch", "x_time", "x_head"), "i32:16") | {"heads": "i32"}
-    types |= dict.fromkeys(("grad_batch", "grad_time", "grad_head"), "i32:16")
-    constants = {"HALF": 32, "ROWS": rotary_norm.ROWS, "BLOCK": 32}
+    types = dict.fromkeys(("x", "q", "k", "v", "addend", "back"), "*bf16")
+    types |= {"cosine": "*fp32", "sine": "*fp32", "eps": "fp32", "heads": "i32"}
+    types |= dict.fromkeys(("rows", "time", "x_batch", "x_time", "x_head"), "i32:16")
+    constants = {"HALF": 64, "ADDS": True, "ROWS": rotary_norm.ROWS, "BLOCK": 64}
     return [
         Build(
             f"rotary norm{', back' if back else ''}",
@@ -245,10 +261,28 @@ def _rotary(capability: tuple[int, int]) -> list[Build]:
             constants | {"BACK": back},
             rotary_norm.NUM_WARPS,
             3,
-            96,
+            128,
         )
         for back in (False, True)
     ]
+
+
+def _spans(capability: tuple[int, int]) -> list[Build]:
+    types = dict.fromkeys(("q", "k", "v", "grad", "out", "grad_q", "grad_k", "grad_v"), "*bf16")
+    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("starts", "ends"), "*i32")
+    types |= {f"{each}_{axis}": "i32:16" for each in "qkvg" for axis in ("batch", "time", "head")}
+    types |= {"time": "i32:16", "heads": "i32", "scale": "fp32", "plain_scale": "fp32"}
+    tiles, room = span_attention.tiles_for(capability, torch.bfloat16), span_attention
+    kernels = {"outputs": tiles.forward, "queries": tiles.queries, "keys": tiles.keys}
+    found = []
+    for name, tile in kernels.items():
+        kernel = getattr(room, f"_{name}")
+        constants = room._constants(tile, 2048, 128, torch.bfloat16) | {"SPAN": room.SPAN}
+        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+        wanted = set(getattr(kernel, "arg_names", ()))
+        own_types, own = ({key: each[key] for key in each if key in wanted} for each in (types, constants))
+        found.append(Build(f"span attention, {name}", kernel, own_types, own, warps, stages, 255))
+    return found
 
 
 def _grouped(capability: tuple[int, int]) -> list[Build]:
@@ -337,6 +371,7 @@ def builds(capability: tuple[int, int]) -> list[Build]:
         _linear_activation,
         _symmetric,
         _rotary,
+        _spans,
         _grouped,
         _paged_latent,
         _paged_attention,

@@ -57,14 +57,20 @@ def samples(
     count = len(targets_NW)
     if not 0 < num_columns < num_real:
         return [Sample(slice(0, count), targets_NW)]
-    drawn, whole = [], max(count, 1)
-    stretch = tokens or whole
-    for start in range(0, whole, stretch):
-        part = slice(start, start + stretch)
-        ids_K, columns_MW, weighing_2 = choose_columns(
-            targets_NW[part], num_real=num_real, num_columns=num_columns, wanted_V=wanted_V
-        )
-        drawn.append(Sample(part, columns_MW, ids_K, weighing_2))
+    stretch = min(tokens or count, max(count, 1))
+    whole = count // stretch * stretch if count else 0
+    # The stretches of full length at once: what takes the time here is the number of small kernels.
+    parts = [targets_NW[:whole].unflatten(0, (-1, stretch))] if whole else []
+    if whole < count or not count:
+        parts.append(targets_NW[None, whole:])
+    drawn: list[Sample] = []
+    for targets_SMW in parts:
+        for chosen in zip(
+            *draws(targets_SMW, num_real=num_real, num_columns=num_columns, wanted_V=wanted_V), strict=True
+        ):
+            ids_K, columns_MW, weighing_2 = chosen
+            start = drawn[-1].part.stop if drawn else 0
+            drawn.append(Sample(slice(start, start + len(columns_MW)), columns_MW, ids_K, weighing_2))
     return drawn
 
 
@@ -78,25 +84,37 @@ def choose_columns(
     beyond `num_real` becomes K, which is no column. Of more than K targets a uniform sample of K are columns,
     the others become -1 and w is 1. `weighing_2` is fp32; nothing here waits for the device.
     """
-    device = targets_NW.device
+    found = draws(targets_NW[None], num_real=num_real, num_columns=num_columns, wanted_V=wanted_V)
+    ids_1K, columns_1NW, weighing_12 = found
+    return ids_1K[0], columns_1NW[0], weighing_12[0]
+
+
+def draws(
+    targets_SNW: Tensor, *, num_real: int, num_columns: int, wanted_V: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids_SK, columns_SNW, weighing_S2): what `choose_columns` says of each of S stretches of tokens."""
+    device, stretches = targets_SNW.device, len(targets_SNW)
     # One slot more than there are tokens: for whatever is none.
-    slots_NW = torch.where((targets_NW >= 0) & (targets_NW < num_real), targets_NW, num_real)
-    is_slot_V = torch.zeros(num_real + 1, dtype=torch.bool, device=device)
-    is_target_V = is_slot_V.index_fill(0, slots_NW.flatten(), True)[:num_real]
-    is_certain_V = is_target_V
+    slots_SNW = torch.where((targets_SNW >= 0) & (targets_SNW < num_real), targets_SNW, num_real)
+    slots_SM = slots_SNW.flatten(1)
+    is_slot_SV = torch.zeros((stretches, num_real + 1), dtype=torch.bool, device=device)
+    is_target_SV = is_slot_SV.scatter(1, slots_SM, torch.ones_like(slots_SM, dtype=torch.bool))[:, :num_real]
+    is_certain_SV = is_target_SV
     if wanted_V is not None:
-        both_V = is_target_V | wanted_V[:num_real]
-        is_certain_V = torch.where(both_V.sum() < num_columns, both_V, is_target_V)
-    draw_V = scramble(torch.arange(num_real, device=device) + _key(targets_NW)) & (2**DRAW_BITS - 1)
-    score_V = draw_V + is_certain_V * 2**DRAW_BITS + is_target_V * 2**DRAW_BITS
-    ids_K = score_V.topk(num_columns).indices
-    column_V = torch.full((num_real + 1,), -1, device=device)
-    column_V = column_V.index_copy(0, ids_K, torch.arange(num_columns, device=device))
-    columns_NW = torch.where(targets_NW >= num_real, num_columns, column_V[slots_NW])
-    num_certain = is_certain_V.sum()
-    num_sampled = num_columns - num_certain
-    weight = torch.where(num_sampled > 0, (num_real - num_certain) / num_sampled.clamp(min=1), 1.0)
-    return ids_K, columns_NW, torch.stack((num_certain.float(), weight.log2()))
+        both_SV = is_target_SV | wanted_V[:num_real]
+        is_certain_SV = torch.where(both_SV.sum(1, keepdim=True) < num_columns, both_SV, is_target_SV)
+    key_S1 = _keys(targets_SNW)[:, None]
+    draw_SV = scramble(torch.arange(num_real, device=device) + key_S1) & (2**DRAW_BITS - 1)
+    score_SV = draw_SV + is_certain_SV * 2**DRAW_BITS + is_target_SV * 2**DRAW_BITS
+    ids_SK = score_SV.topk(num_columns).indices
+    column_SV = torch.full((stretches, num_real + 1), -1, device=device)
+    column_SV = column_SV.scatter(1, ids_SK, torch.arange(num_columns, device=device).expand_as(ids_SK))
+    own_SNW = column_SV.gather(1, slots_SM).view_as(slots_SNW)
+    columns_SNW = torch.where(targets_SNW >= num_real, num_columns, own_SNW)
+    num_certain_S = is_certain_SV.sum(1)
+    num_sampled_S = num_columns - num_certain_S
+    weight_S = torch.where(num_sampled_S > 0, (num_real - num_certain_S) / num_sampled_S.clamp(min=1), 1.0)
+    return ids_SK, columns_SNW, torch.stack((num_certain_S.float(), weight_S.log2()), dim=1)
 
 
 def most_frequent(counts_V: Tensor, number: int) -> Tensor:
@@ -108,12 +126,12 @@ def most_frequent(counts_V: Tensor, number: int) -> Tensor:
     return torch.zeros(num_real, dtype=torch.bool, device=counts_V.device).index_fill(0, chosen_M, True)
 
 
-def _key(targets_NW: Tensor) -> Tensor:
-    """A number of 64 bits that every target and its place have a part in; integers add up in any order."""
-    targets_M = targets_NW.flatten()
-    places_M = torch.arange(1, 1 + len(targets_M), device=targets_M.device)
+def _keys(targets_SNW: Tensor) -> Tensor:
+    """(S,) numbers of 64 bits that every target and its place have a part in; integers add in any order."""
+    targets_SM = targets_SNW.flatten(1)
+    places_M = torch.arange(1, 1 + targets_SM.shape[1], device=targets_SM.device)
     # From 1 on: the hash of 0 is 0, and its place would play no part.
-    return scramble((scramble(targets_M + 2) * places_M).sum())
+    return scramble((scramble(targets_SM + 2) * places_M).sum(1))
 
 
 def log_weights(weighing_2: Tensor, num_columns: int) -> Tensor:

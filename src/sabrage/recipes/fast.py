@@ -42,7 +42,7 @@ from sabrage.attention.multi_head import MultiHead
 from sabrage.attention.rotary import Rotary
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Candidates
-from sabrage.feedforward.mlp import Mlp
+from sabrage.feedforward.fused_mlp import FusedMlp
 from sabrage.model.ends import TokenTable
 from sabrage.model.fused_head import FusedHead
 from sabrage.model.previous import BigramHash
@@ -58,12 +58,14 @@ from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skipping
 from sabrage.wiring.value_embeddings import ValueEmbeddings
 
-NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512)
+NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512, rotary_backend="auto")
 # As long as a row in training, so that the longer rows of validation hold no distance that is new. Half of a
 # key does not turn and is that of the token before: what followed this token earlier takes one layer to find.
 FAR = replace(NEAR, window=2048, rotary=Rotary(share=0.5), key_offset=True)
-MUON = Muon(lr=0.018, normuon=True, cautious=True, weight_decay=0.14, orthogonalise="polar_express")
-HEAD = FusedHead(tied=False, zero_init=True, softcap=15.0, fp8=True, columns=24_576)
+MUON = Muon(lr=0.0125, normuon=True, cautious=True, weight_decay=0.2, orthogonalise="polar_express")
+HEAD = FusedHead(
+    tied=False, zero_init=True, softcap=15.0, fp8=True, columns=12_288, sample_tokens=16_384, frequent=8000
+)
 
 fast = replace(
     base,
@@ -72,10 +74,10 @@ fast = replace(
     data=replace(base.data, order="documents", block_tokens=65_536),
     model=replace(
         base.model,
-        layers=11,
+        layers=13,
         embedding=BigramHash(inner=TokenTable(normalise=True)),
         mixers=(NEAR, NEAR, NEAR, NEAR, FAR),
-        feedforwards=(Mlp(activation="relu_squared", zero_init=True),),
+        feedforwards=(FusedMlp(zero_init=True),),
         wiring=ValueEmbeddings(
             inner=Skipping(residual=Residual(), skips=(SkipScales(), LayerSkips())), gates=6
         ),
@@ -126,7 +128,7 @@ fast_24gb = replace(
         head=replace(HEAD, fp8=False),
     ),
     optim=(
-        OptimizerGroup(pattern=MATRICES, optimizer=replace(MUON, lr=0.0125, weight_decay=0.2)),
+        OptimizerGroup(pattern=MATRICES, optimizer=MUON),
         *fast.optim[1:],
     ),
     runtime=replace(fast.runtime, micro_batch=8),
