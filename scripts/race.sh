@@ -49,7 +49,7 @@ changes=(
 tries=(
   optim.0.optimizer.lr=0.018+optim.0.optimizer.weight_decay=0.14
   model.layers=14
-  model.head.columns=24576+model.head.sample_tokens=0+model.head.frequent=0
+  model.head.columns=24576+model.head.sample_tokens=0+model.head.proposal=uniform
   model.narrow_stream=false+model.wiring.inner.residual.sizes=true
 )
 

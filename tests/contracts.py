@@ -37,7 +37,6 @@ TINY = {
     "gates": 2,
     "columns": 100,
     "sample_tokens": 48,
-    "frequent": 20,
 }
 
 

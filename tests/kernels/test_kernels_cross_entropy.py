@@ -216,7 +216,7 @@ def test_fp8_stays_near_the_16_bit_head(columns: int) -> None:
     total, h_grad, weight_grad = gradients(torch.float16, columns=columns)
     total8, h_grad8, weight_grad8 = gradients(torch.float16, columns=columns, fp8=True)
     assert (total8 - total).abs() < 0.01 * total
-    assert (h_grad8 - h_grad).norm() < 0.1 * h_grad.norm()
+    assert (h_grad8 - h_grad).norm() < 0.12 * h_grad.norm()
     assert (weight_grad8 - weight_grad).norm() < 0.05 * weight_grad.norm()
     assert not torch.equal(h_grad8, h_grad)
 
@@ -238,9 +238,9 @@ def test_autocast_decides_the_products_and_the_weight_keeps_its_dtype() -> None:
 def test_the_registration_of_the_operation_is_sound(columns: int) -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
-    wanted_V = torch.arange(180) < 9
+    sizes_V = torch.arange(1, 181).double()
     plain = (BOUND, 180, columns, 10, False, 8, True)
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], wanted_V, *plain))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], sizes_V, *plain))
 
 
 @interpreted

@@ -165,7 +165,7 @@ def test_a_sampled_head_on_its_kernel_equals_its_plain_path_up_to_rounding():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_counts_its_targets_in_training_and_keeps_the_counts(tied):
-    head = FusedHead(backend="plain", tied=tied, columns=60, frequent=9)
+    head = FusedHead(backend="plain", tied=tied, columns=60, proposal="counts")
     model = build_model(small(head=head), seed=3)
     model.eval()
     loss_and_gradients(model)
@@ -177,21 +177,12 @@ def test_a_head_counts_its_targets_in_training_and_keeps_the_counts(tied):
         model.head.loss(h_BTD, targets_BT).backward()
     counts_V = model.state_dict()["head.counts_V"]
     assert {token: count for token, count in enumerate(counts_V.tolist()) if count} == {3: 2, 7: 4}
-    assert model.head.wanted(targets_BT[..., None]).nonzero().flatten().tolist() == [
-        0,
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-    ]
+    sizes_V = model.head.sizes(targets_BT[..., None])
+    assert [sizes_V[token].square().round().item() for token in (0, 3, 7)] == [1, 4, 7]
 
 
 def test_counting_targets_is_a_part_of_the_compiled_graph():
-    head, h_BTD = FusedHead(backend="plain", columns=60, frequent=9), torch.randn(1, 4, 16)
+    head, h_BTD = FusedHead(backend="plain", columns=60, proposal="counts"), torch.randn(1, 4, 16)
     targets_BT = torch.tensor([[7, 3, -1, 7]])
     modules = [head.build(dim=16, vocab_size=130).train() for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
@@ -203,9 +194,9 @@ def test_counting_targets_is_a_part_of_the_compiled_graph():
     torch._dynamo.reset()
 
 
-def test_more_frequent_tokens_than_columns_are_refused():
-    assert FusedHead(columns=60, frequent=60).problems() == []
-    assert FusedHead(columns=60, frequent=61).problems() == ["frequent=61, allowed: 0 to columns=60"]
+def test_counts_without_a_sample_are_refused():
+    assert FusedHead(columns=60, proposal="counts").problems() == []
+    assert "columns=0 is none" in FusedHead(proposal="counts").problems()[0]
 
 
 @pytest.mark.parametrize("columns", [130, 1000])

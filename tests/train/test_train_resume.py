@@ -148,14 +148,14 @@ def with_growing_depth(recipe):
     )
 
 
-def with_frequent_columns(recipe):
-    head = FusedHead(backend="plain", columns=150, sample_tokens=40, frequent=60)
+def with_counted_columns(recipe):
+    head = FusedHead(backend="plain", columns=150, sample_tokens=40, proposal="counts")
     return replace(recipe, model=replace(recipe.model, head=head))
 
 
 @pytest.mark.parametrize(
     "change",
-    [with_dropout, with_gradients_that_wait, with_stages, with_growing_depth, with_frequent_columns],
+    [with_dropout, with_gradients_that_wait, with_stages, with_growing_depth, with_counted_columns],
 )
 def test_whatever_the_rest_of_the_run_depends_on_is_in_the_checkpoint(tiny, run_recipe, change):
     recipe = override(override(change(tiny), "budget.checkpoint_every=5"), "budget.keep_checkpoints=3")

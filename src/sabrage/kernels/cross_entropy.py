@@ -26,7 +26,7 @@ from torch.nn.functional import ScalingType
 
 from sabrage.kernels.cross_entropy_rows import BLOCK, LOW_HEIGHT, NUM_WARPS, rows
 from sabrage.kernels.language import KernelError, require
-from sabrage.kernels.sampled_columns import Sample, log_weights, samples
+from sabrage.kernels.sampled_columns import Sample, samples
 
 # Matrix units and FP8 want multiples of this many rows of W.
 ROW_MULTIPLE = 64
@@ -51,13 +51,11 @@ def cross_entropy_head_reference(
     num_real: int | None = None,
     columns: int = 0,
     sample_tokens: int = 0,
-    wanted_V: Tensor | None = None,
+    sizes_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits of the columns at once, softmax in fp32 or wider."""
     num_real = num_real or weight_VD.shape[0]
-    drawn = samples(
-        targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, wanted_V=wanted_V
-    )
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, sizes_V=sizes_V)
     sums = []
     for sample in drawn:
         weight_KD, real = (
@@ -65,8 +63,8 @@ def cross_entropy_head_reference(
         )
         raw_MK = F.linear(h_ND[sample.part], weight_KD.to(h_ND.dtype))[:, :real]
         z_MK = bounded(raw_MK.to(torch.promote_types(h_ND.dtype, torch.float32)), softcap, rescale)
-        if sample.weighing_2 is not None:
-            z_MK = z_MK + math.log(2) * log_weights(sample.weighing_2, columns)
+        if sample.bits_K is not None:
+            z_MK = z_MK + math.log(2) * sample.bits_K.to(z_MK.dtype)
         sets = [
             F.cross_entropy(z_MK, targets_M, ignore_index=-1, reduction="sum")
             for targets_M in sample.targets_MW.unbind(1)
@@ -88,7 +86,7 @@ def cross_entropy_head(
     num_real: int | None = None,
     columns: int = 0,
     sample_tokens: int = 0,
-    wanted_V: Tensor | None = None,
+    sizes_V: Tensor | None = None,
     fp8: bool = False,
     chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
@@ -101,14 +99,14 @@ def cross_entropy_head(
     logits (e4m3) and the gradient of h (e5m2) are FP8 products, the weight's gradient is not; D must then be
     a multiple of 16. With `columns` below `num_real` (0: all) the softmax runs over that many tokens, the
     targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
-    the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Tokens of `wanted_V`
-    (bool) are not left to the sample. Raises KernelError for what it cannot take.
+    the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Others are drawn by
+    their `sizes_V` (fp64, by default equal). Raises KernelError for what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
     _check(h_ND, weight_VD, targets_NW, num_real, columns, sample_tokens, fp8, chunk_tokens)
-    if wanted_V is not None and (wanted_V.dtype != torch.bool or len(wanted_V) < num_real):
+    if sizes_V is not None and (sizes_V.dtype != torch.float64 or len(sizes_V) < num_real):
         raise KernelError(
-            f"wanted_V is {wanted_V.dtype} {tuple(wanted_V.shape)}; allowed: bool ({num_real},)"
+            f"sizes_V is {sizes_V.dtype} {tuple(sizes_V.shape)}; allowed: torch.float64 ({num_real},)"
         )
     if torch.is_autocast_enabled(h_ND.device.type):
         h_ND = h_ND.to(torch.get_autocast_dtype(h_ND.device.type))
@@ -121,7 +119,7 @@ def cross_entropy_head(
         weight_VD,
         targets_NW,
         weights_W.detach().float(),
-        wanted_V,
+        sizes_V,
         list(bound),
         num_real,
         columns,
@@ -165,7 +163,7 @@ def _head(
     weight_VD: Tensor,
     targets_NW: Tensor,
     weights_W: Tensor,
-    wanted_V: Tensor | None,
+    sizes_V: Tensor | None,
     bound: list[float],
     num_real: int,
     columns: int,
@@ -177,9 +175,7 @@ def _head(
     """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
     require(h_ND.device)
     num_tokens, dim = h_ND.shape
-    drawn = samples(
-        targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, wanted_V=wanted_V
-    )
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, sizes_V=sizes_V)
     counts_W = target_counts(drawn)
     coefficients_W = weights_W * _held(num_tokens) / counts_W
     nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
@@ -231,7 +227,7 @@ def _sample_pass(
             columns,
             bound,
             learns,
-            sample.weighing_2,
+            sample.bits_K,
         )
         if learns:
             products.hidden_gradient(logits_CV, narrow_CV, grad_h_MD[part])
@@ -255,7 +251,7 @@ def _row_pass(
     num_real: int,
     bound: list[float],
     learns: bool,
-    weighing_2: Tensor | None = None,
+    bits_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
     logits_CV = products.logits(h_CD)
@@ -268,7 +264,7 @@ def _row_pass(
         coefficients_W,
         products.grad_scale,
         nll_CW,
-        weighing_2,
+        logits_CV if bits_K is None else bits_K,
         num_real,
         *bound,
         logits_CV.stride(0),
@@ -278,7 +274,7 @@ def _row_pass(
         LOW=0 < bound[0] <= LOW_HEIGHT,
         LEARNS=learns,
         NARROW=narrow_CV is not None,
-        SAMPLED=weighing_2 is not None,
+        SAMPLED=bits_K is not None,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )

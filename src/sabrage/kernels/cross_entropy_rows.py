@@ -54,15 +54,13 @@ def _scored(raw, bound, BOUNDED: tl.constexpr, PAIRS: tl.constexpr):
 @jit
 def _block(base, at, shared, BOUNDED, SAMPLED, WHOLE: tl.constexpr, EVICTION: tl.constexpr):
     """`_scored` of the columns `at`; of a block that is not WHOLE, z is -inf where a column is not real,
-    whatever is there: its probability is 0, and so is its gradient. SAMPLED, the columns after the first
-    `num_targets` count exp2(log_weight) times. `shared` is what all rows have in common:
-    (num_real, stride, bound, (num_targets, log_weight)).
+    whatever is there: its probability is 0, and so is its gradient. SAMPLED, a column counts exp2 of its
+    `sample` times. `shared` is what all rows have in common: (num_real, stride, bound, sample).
 
     The load is masked by the stride, a multiple of 16, and not by the vocabulary: a mask that can end between
     eight neighbours makes eight loads of one.
     """
-    num_real, stride, bound, weighing = shared
-    num_targets, log_weight = weighing
+    num_real, stride, bound, sample = shared
     if WHOLE:
         z, steep = _scored(tl.load(base + at, eviction_policy=EVICTION), bound, BOUNDED, True)
     else:
@@ -70,8 +68,9 @@ def _block(base, at, shared, BOUNDED, SAMPLED, WHOLE: tl.constexpr, EVICTION: tl
         z, steep = _scored(tl.where(at < num_real, raw, 0.0), bound, BOUNDED, True)
         z = tl.where(at < num_real, z, -float("inf"))
     if SAMPLED:
-        # A difference: for a plain comparison LLVM counts every column in a register of its own.
-        z += tl.where(at - num_targets < 0, 0.0, log_weight)
+        # The same for all rows, so that it stays in the cache.
+        bits = tl.load(sample + at) if WHOLE else tl.load(sample + at, mask=at < num_real, other=0.0)
+        z += bits.to(tl.float32)
     return z, steep
 
 
@@ -146,7 +145,7 @@ def rows(
 ):
     """One program a row: log-sum-exp, the loss of each set, then the gradient in place of the logits.
 
-    SAMPLED, `sample` holds how many columns are targets and what is added to the others' logits, in bits.
+    SAMPLED, `sample` holds what is added to each column's logits, in bits.
     """
     row = tl.program_id(0).to(tl.int64)
     base, narrow = logits + row * stride, narrow + row * stride
@@ -155,8 +154,7 @@ def rows(
     bits = 1.4426950408889634
     slope = bits / width if BOUNDED else bits
     bound = (slope, shift * slope, height * bits)
-    weighing = (tl.load(sample).to(tl.int32), tl.load(sample + 1)) if SAMPLED else (0, 0.0)
-    shared = (num_real, stride, bound, weighing)
+    shared = (num_real, stride, bound, sample)
     lse = _log_sum_exp(base, columns, shared, BOUNDED, LOW, SAMPLED, BLOCK)
 
     sets = tl.arange(0, BLOCK_SETS)

@@ -146,11 +146,9 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
         "LEARNS": True,
         "NARROW": False,
         "SAMPLED": False,
-        # No pointer where there is no sample.
-        "sample": None,
         "BLOCK": cross_entropy_rows.BLOCK,
     }
-    sampled = {name: value for name, value in constants.items() if name != "sample"} | {"SAMPLED": True}
+    sampled = constants | {"SAMPLED": True}
     kinds = {
         "": constants,
         ", high bound": constants | {"LOW": False},
@@ -167,11 +165,13 @@ def _cross_entropy(capability: tuple[int, int]) -> list[Build]:
             cross_entropy_rows.rows,
             types
             | {"narrow": "*fp8e5" if own["NARROW"] else "*bf16"}
-            | ({"sample": "*fp32"} if own["SAMPLED"] else {}),
+            | {"sample": "*fp16" if own["SAMPLED"] else "*bf16"},
             own,
             cross_entropy_rows.NUM_WARPS,
             3,
             max_registers=64,
+            # One number, on Hopper, of the form that no recipe uses.
+            max_spills=2 if kind == ", sampled, no bound" else 0,
         )
         for kind, own in kinds.items()
     ]

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
-from sabrage.kernels.sampled_columns import most_frequent
+from sabrage.kernels.sampled_columns import sizes_of
 from sabrage.model.ends import Projection, TableHead
 from sabrage.run.device import DeviceFacts
 
@@ -22,20 +22,19 @@ class FusedHead(TableHead):
     whole tensor lets every token see a little of all others.
 
     `columns` (0: all) samples the vocabulary, in training only: the softmax runs over that many tokens, all
-    targets of the micro-batch and a uniform sample of the others, each counted (V - n) / (columns - n) times
-    for n distinct targets, which keeps the sum of exponentials unbiased (Bengio and Senecal 2008, IEEE Trans.
-    Neural Networks 19(4); see `sabrage.kernels.sampled_columns`). The training loss is then an estimate, its
-    expectation slightly below the exact loss, and every token's depends on the other targets of its
-    micro-batch. Evaluation is exact. From the size of the vocabulary on it is the plain head. Each stretch
-    of `sample_tokens` tokens (0: the micro-batch) draws columns of its own: it has fewer targets, so that
-    more of the columns are a sample, and the samples of a step differ. The `frequent` tokens that have been
-    targets most often so far are always columns.
+    targets of the micro-batch and a sample of the others, weighed so that the sum of exponentials is unbiased
+    (Bengio and Senecal 2008, IEEE Trans. Neural Networks 19(4); see `sabrage.kernels.sampled_columns`). The
+    training loss is then an estimate, its expectation slightly below the exact loss, and every token's
+    depends on the other targets of its micro-batch. Evaluation is exact. From the size of the vocabulary on
+    it is the plain head. Each stretch of `sample_tokens` tokens (0: the micro-batch) draws columns of its
+    own: it has fewer targets, so that more of the columns are a sample, and the samples of a step differ.
+    The `proposal` is uniform, or in proportion to the roots of the "counts" of all targets so far.
     """
 
     fp8: bool = False
     columns: int = 0
     sample_tokens: int = 0
-    frequent: int = 0
+    proposal: Literal["uniform", "counts"] = "uniform"
     backend: KernelBackend = "auto"
 
     def problems(self) -> list[str]:
@@ -43,8 +42,8 @@ class FusedHead(TableHead):
         for name, whole in (("columns", "vocabulary"), ("sample_tokens", "micro-batch")):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must be 0, for the whole {whole}, or above")
-        if self.frequent < 0 or self.frequent > self.columns:
-            found.append(f"frequent={self.frequent}, allowed: 0 to columns={self.columns}")
+        if self.proposal == "counts" and not self.columns:
+            found.append("proposal='counts' is for a sample and columns=0 is none; set columns, or 'uniform'")
         return found
 
     def flops(self, dim: int, vocab_size: int, *, training: bool = False) -> int:
@@ -75,10 +74,12 @@ class FusedProjection(Projection):
     def __init__(self, part: FusedHead, *, dim: int, vocab_size: int) -> None:
         super().__init__(part, dim=dim, vocab_size=vocab_size)
         self.fp8, self.fused, self.columns = part.fp8, part.backend == "triton", part.columns
-        self.sample_tokens, self.frequent = part.sample_tokens, part.frequent
+        self.sample_tokens = part.sample_tokens
         # How often each token has been a target; in the checkpoint, since a run that resumes goes on with it.
         # On a device of its own choice: a tied head is built where nothing is real.
-        counts_V = torch.zeros(vocab_size, dtype=torch.int64, device="cpu") if part.frequent else None
+        counts_V = (
+            torch.zeros(vocab_size, dtype=torch.int64, device="cpu") if part.proposal == "counts" else None
+        )
         self.register_buffer("counts_V", counts_V)
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class FusedProjection(Projection):
         """(weighted total, mean loss of each of the W target sets), for objectives with several targets."""
         h_ND, targets_NW = h_BTD.flatten(0, -2), targets_BTW.flatten(0, -2)
         columns = self.columns if self.training else 0
-        wanted_V = self.wanted(targets_NW) if columns and self.counts_V is not None else None
+        sizes_V = self.sizes(targets_NW) if columns and self.counts_V is not None else None
         compute = cross_entropy_head_reference
         if self.fused:
             compute = partial(cross_entropy_head, fp8=self.fp8 and self.training)
@@ -103,14 +104,14 @@ class FusedProjection(Projection):
             rescale=self.rescale,
             columns=columns,
             sample_tokens=self.sample_tokens,
-            wanted_V=wanted_V,
+            sizes_V=sizes_V,
         )
 
     @torch.no_grad()
-    def wanted(self, targets_NW: Tensor) -> Tensor:
-        """(V,) bool: the most frequent targets, these included."""
+    def sizes(self, targets_NW: Tensor) -> Tensor:
+        """(V,) fp64: what tokens are drawn by, these targets counted as well."""
         assert self.counts_V is not None
         targets_M = targets_NW.flatten()
         is_token_M = (targets_M >= 0) & (targets_M < len(self.counts_V))
         self.counts_V.index_add_(0, torch.where(is_token_M, targets_M, 0), is_token_M.long())
-        return most_frequent(self.counts_V, self.frequent)
+        return sizes_of(self.counts_V)

@@ -64,7 +64,13 @@ NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512, rotary_backe
 FAR = replace(NEAR, window=2048, rotary=Rotary(share=0.5), key_offset=True)
 MUON = Muon(lr=0.0125, normuon=True, cautious=True, weight_decay=0.2, orthogonalise="polar_express")
 HEAD = FusedHead(
-    tied=False, zero_init=True, softcap=15.0, fp8=True, columns=12_288, sample_tokens=16_384, frequent=8000
+    tied=False,
+    zero_init=True,
+    softcap=15.0,
+    fp8=True,
+    columns=20_480,
+    sample_tokens=16_384,
+    proposal="counts",
 )
 
 fast = replace(

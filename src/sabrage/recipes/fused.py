@@ -1,6 +1,6 @@
 """The fused kernels, each a part on the study base; the plain parts compute the same up to rounding.
 
-The training losses of `sampled-head` and `sampled-head-frequent` are estimates.
+The training losses of `sampled-head` and `sampled-head-counts` are estimates.
 """
 
 from sabrage.attention.multi_head import MultiHead
@@ -23,9 +23,9 @@ fused = (
         head=FusedHead(columns=16384),
     ),
     variant(
-        "sampled-head-frequent",
-        "sampled-head on 12,288 columns: targets of 16,384 tokens, the 8,000 most frequent and a sample",
-        head=FusedHead(columns=12_288, sample_tokens=16_384, frequent=8000),
+        "sampled-head-counts",
+        "sampled-head on all targets of 16,384 tokens, and others drawn by their counts so far",
+        head=FusedHead(columns=16_384, sample_tokens=16_384, proposal="counts"),
     ),
     variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
     variant(
