@@ -13,7 +13,7 @@
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
-#   try        four changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
+#   try        five changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
 # run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
 # are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -45,9 +45,10 @@ changes=(
   'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
   optim.0.optimizer.lr=0.014
 )
-# Why these: LOG.md, a step of fast. The last two have graphs of their own.
+# Why these: LOG.md, a step of fast. The second and the last two have graphs of their own.
 tries=(
   plan.momentum.fall=871
+  'model.feedforwards=[{"part":"FusedMlp","zero_init":true,"fp8_gradients":true}]'
   optim.0.optimizer.lr=0.018+optim.0.optimizer.weight_decay=0.14
   model.layers=14
   model.head.columns=24576+model.head.sample_tokens=0+model.head.proposal=uniform

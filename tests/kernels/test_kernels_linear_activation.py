@@ -106,7 +106,7 @@ def test_the_polynomial_gelu_is_the_exact_one_to_a_ten_millionth() -> None:
 @interpreted
 @pytest.mark.parametrize("activation", ["relu_squared", "gelu"])
 def test_the_registration_of_the_operation_is_sound(activation: Activation) -> None:
-    torch.library.opcheck(room._forward, (*leaves(), activation, True))
+    torch.library.opcheck(room._forward, (*leaves(), activation, True, False))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])

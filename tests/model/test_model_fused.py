@@ -106,6 +106,16 @@ def test_an_fp8_head_is_refused_where_its_product_cannot_be_fp8(facts):
     assert any("with backend 'plain'" in line for line in plain.refusals(ADA))
 
 
+@pytest.mark.parametrize("facts", [CPU, ADA])
+def test_fp8_gradients_are_refused_where_there_is_no_hopper(facts):
+    recipe = replace(find("base"), model=small(feedforwards=(FusedMlp(fp8_gradients=True),)))
+    with pytest.raises(ConfigError, match=r"FP8 gradients of a perceptron need compute capability 9\.0"):
+        resolve(recipe, facts).validate(facts)
+    hopper = replace(ADA, capability=(9, 0))
+    assert recipe.refusals(hopper) == []
+    assert "use that, or false" in FusedMlp(fp8_gradients=True, activation="gelu").problems()[0]
+
+
 def test_refusals_of_several_parts_are_told_at_once():
     recipe = replace(
         find("base"), model=small(head=FusedHead(fp8=True), wiring=FusedResidual(backend="triton"))

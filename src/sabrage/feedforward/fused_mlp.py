@@ -1,6 +1,8 @@
 """`Mlp` with the activation in the epilogue of its products; see `sabrage.kernels.linear_activation`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Self
 
 from torch import Tensor, nn
@@ -15,21 +17,39 @@ from sabrage.run.device import DeviceFacts
 
 @dataclass(frozen=True, kw_only=True)
 class FusedMlp(FeedForward):
-    """The fields of `Mlp`; the same values up to rounding."""
+    """The fields of `Mlp`; the same values up to rounding.
+
+    `fp8_gradients` has the two products of the backward pass that make the gradient of the input in FP8, on
+    Hopper alone; the forward pass and the gradients of the weights stay in 16 bits.
+    """
 
     expansion: int = 4
     activation: Literal["gelu", "relu_squared"] = "relu_squared"
     zero_init: bool = False
     backend: KernelBackend = "auto"
+    fp8_gradients: bool = False
 
     def problems(self) -> list[str]:
-        return self.plain().problems()
+        found = self.plain().problems()
+        if self.fp8_gradients and self.activation != "relu_squared":
+            found.append(
+                f"fp8_gradients=true is for activation='relu_squared' and this is {self.activation!r}; "
+                "use that, or false"
+            )
+        return found
 
     def plain(self) -> Mlp:
         """The part whose work this one does."""
         return Mlp(expansion=self.expansion, activation=self.activation, zero_init=self.zero_init)
 
     def refusal(self, facts: DeviceFacts) -> str | None:
+        if self.fp8_gradients and (
+            facts.capability != (9, 0) or choose_kernel(self.backend, facts) != "triton"
+        ):
+            return (
+                "FP8 gradients of a perceptron need compute capability 9.0 and its Triton kernel, and this "
+                f"is {facts.name} with backend {self.backend!r}; set model.feedforwards.0.fp8_gradients=false"
+            )
         return kernel_refusal(self.backend, facts)
 
     def resolve(self, facts: DeviceFacts) -> Self:
@@ -48,7 +68,9 @@ class FusedPerceptron(Perceptron):
     def __init__(self, part: FusedMlp, *, dim: int) -> None:
         super().__init__(part.plain(), dim=dim)
         self.up.replaceable = self.down.replaceable = False
-        self.compute = perceptron if part.backend == "triton" else perceptron_reference
+        self.compute: Callable[..., Tensor] = perceptron_reference
+        if part.backend == "triton":
+            self.compute = partial(perceptron, fp8_gradients=part.fp8_gradients)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.compute(x_BTD, self.up.weight, self.down.weight, activation=self.activation)

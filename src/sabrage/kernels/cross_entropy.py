@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from sabrage.kernels.cross_entropy_rows import BLOCK, LOW_HEIGHT, NUM_WARPS, rows
+from sabrage.kernels.fp8 import quantised, scaled_product
 from sabrage.kernels.language import KernelError, require
 from sabrage.kernels.sampled_columns import Sample, samples
 
@@ -360,33 +360,22 @@ class _Fp8Products(_Products):
 
     def __init__(self, table_VD: Tensor, coefficients_W: Tensor) -> None:
         super().__init__(table_VD)
-        self.quantised_VD, self.scale = _quantised(table_VD)
+        self.quantised_VD, self.scale = quantised(table_VD)
         self.quantised_DV = self.quantised_VD.t().contiguous()
         self.grad_scale = coefficients_W.abs().sum().clamp(min=1e-12) / GRADIENT_RANGE
 
     def logits(self, h_CD: Tensor) -> Tensor:
-        quantised_CD, scale = _quantised(h_CD)
-        return _scaled_product(quantised_CD, self.quantised_VD.t(), scale, self.scale, h_CD.dtype)
+        quantised_CD, scale = quantised(h_CD)
+        return scaled_product(quantised_CD, self.quantised_VD.t(), scale, self.scale, h_CD.dtype)
 
     def narrow(self, logits_CV: Tensor) -> Tensor | None:
         return torch.empty(logits_CV.shape, device=logits_CV.device, dtype=torch.float8_e5m2)
 
     def hidden_gradient(self, grad_CV: Tensor, narrow_CV: Tensor | None, out_CD: Tensor) -> None:
         assert narrow_CV is not None
-        product = _scaled_product(narrow_CV, self.quantised_DV.t(), self.grad_scale, self.scale, out_CD.dtype)
+        product = scaled_product(narrow_CV, self.quantised_DV.t(), self.grad_scale, self.scale, out_CD.dtype)
         out_CD.copy_(product)
 
 
 # Half of e5m2's largest finite value, 57,344: rounding up must not reach infinity.
 GRADIENT_RANGE = 28672.0
-
-
-def _quantised(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(values in e4m3, the scale that restores them)."""
-    scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (values.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-def _scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    whole = ScalingType.TensorWise
-    return F.scaled_mm(a, b, scale_a, whole, scale_b, whole, output_dtype=dtype)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sabrage.kernels.language import KernelError, capability_of, jit, num_processors, require, tl
+from sabrage.kernels.narrow_gradients import narrow_gradients
 from sabrage.kernels.tiles import Tile
 
 Activation = Literal["relu_squared", "gelu"]
@@ -62,11 +63,17 @@ def perceptron_reference(
 
 
 def perceptron(
-    x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, *, activation: Activation = "relu_squared"
+    x_ND: Tensor,
+    up_FD: Tensor,
+    down_DF: Tensor,
+    *,
+    activation: Activation = "relu_squared",
+    fp8_gradients: bool = False,
 ) -> Tensor:
     """y (..., D) for x (..., D); all three in one dtype, which is autocast's where it is on.
 
-    The weights are those of two torch Linears without biases. Raises KernelError.
+    The weights are those of two torch Linears without biases. `fp8_gradients` is for relu_squared on Hopper:
+    see `narrow_gradients`. Raises KernelError.
     """
     kind = x_ND.device.type
     if torch.is_autocast_enabled(kind):
@@ -77,15 +84,20 @@ def perceptron(
         raise KernelError(f"got {sorted(map(str, dtypes))}, allowed: one dtype; cast, or run under autocast")
     if activation not in ("relu_squared", "gelu"):
         raise KernelError(f"activation={activation!r}, allowed: 'relu_squared', 'gelu'")
+    if fp8_gradients and not maps(capability_of(x_ND.device), activation, x_ND, up_FD, down_DF):
+        raise KernelError(
+            f"fp8_gradients are for relu_squared in 16 bits on compute capability 9.0, and this is "
+            f"{activation} in {x_ND.dtype} on {capability_of(x_ND.device)}; use fp8_gradients=False"
+        )
     learning = x_ND.requires_grad or up_FD.requires_grad or down_DF.requires_grad
     learns = torch.is_grad_enabled() and learning
-    y_ND, _, _ = _forward(x_ND.flatten(0, -2), up_FD, down_DF, activation, learns)
+    y_ND, _, _ = _forward(x_ND.flatten(0, -2), up_FD, down_DF, activation, learns, fp8_gradients)
     return y_ND.view(x_ND.shape)
 
 
 @torch.library.custom_op("sabrage::perceptron", mutates_args=())
 def _forward(
-    x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, activation: str, learns: bool
+    x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, activation: str, learns: bool, fp8_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, act(z), z), the last one empty unless it is kept."""
     require(x_ND.device)
@@ -99,7 +111,7 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, activation: str, learns: bool
+    x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, activation: str, learns: bool, fp8_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x_ND.shape[0], up_FD.shape[0])
     keeps = learns and activation == "gelu"
@@ -130,7 +142,7 @@ def _(grad_ND: Tensor, down_DF: Tensor, kept_NF: Tensor, activation: str) -> tup
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x_ND, up_FD, down_DF, ctx.activation, _ = inputs
+    x_ND, up_FD, down_DF, ctx.activation, _, ctx.fp8_gradients = inputs
     _, post_NF, pre_NF = output
     ctx.save_for_backward(x_ND, up_FD, down_DF, pre_NF if ctx.activation == "gelu" else post_NF)
     ctx.mark_non_differentiable(post_NF, pre_NF)
@@ -138,10 +150,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _pull(ctx: Any, grad_ND: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x_ND, up_FD, down_DF, kept_NF = ctx.saved_tensors
+    if ctx.fp8_gradients:
+        return *narrow_gradients(grad_ND, x_ND, up_FD, down_DF, kept_NF), None, None, None
     grad_z_NF, post_NF = _backward(grad_ND, down_DF, kept_NF, ctx.activation)
     if ctx.activation != "gelu":
         post_NF = kept_NF
-    return grad_z_NF @ up_FD, grad_z_NF.t() @ x_ND, grad_ND.t() @ post_NF, None, None
+    return grad_z_NF @ up_FD, grad_z_NF.t() @ x_ND, grad_ND.t() @ post_NF, None, None, None
 
 
 _forward.register_autograd(_pull, setup_context=_save)

@@ -29,6 +29,11 @@ fused = (
     ),
     variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
     variant(
+        "fp8-gradients",
+        "fused-mlp whose gradient of the input is made by FP8 products, on Hopper",
+        feedforwards=(FusedMlp(zero_init=True, fp8_gradients=True),),
+    ),
+    variant(
         "fused-rotary",
         "base with QK-norm + rotary in one pass",
         mixers=ROTARY,

@@ -1,0 +1,18 @@
+"""FP8 factors of a product: rounded with one scale a tensor (Micikevicius et al. 2022, arXiv 2209.05433)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType
+
+
+def quantised(values: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """(values over their scale in `dtype`, the 0-D scale that restores them)."""
+    scale = values.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
+    return (values.float() / scale).to(dtype), scale
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`; b by columns. For eager code: torch 2.11 cannot compile a graph with it."""
+    whole = ScalingType.TensorWise
+    return F.scaled_mm(a, b, scale_a, whole, scale_b, whole, output_dtype=dtype)

@@ -1,0 +1,140 @@
+"""The backward pass of linear + ReLU^2 with two of its four products in FP8, on Hopper.
+
+    y = act(z) D^T,  z = x U^T,  act(z) = relu(z)^2
+    dz = (g D) 2 sqrt(act(z)),  dx = dz U        in FP8: e5m2 for gradients, e4m3 for weights
+    dD = g^T act(z),  dU = dz^T x                in 16 bits, as the sums over all tokens that they are
+
+Gradients are noisy anyhow: a batch says little of the direction in which the loss falls, and rounding by an
+eighth adds little to that. What the forward pass computes stays as it is. FP8 halves the time of a product
+and the energy that it takes, which a card at its limit of power has to spare neither.
+
+The gradient g has one scale, by its largest value. That of dz must be known before dz is: e5m2 spans 32
+powers of two, so that HEADROOM times the scale of g is neither too small nor too large, and what is beyond is
+cut off.
+"""
+
+# Kernels take pointers, which Python has no types for.
+# mypy: allow-untyped-defs
+
+import torch
+from torch import Tensor
+
+from sabrage.kernels.fp8 import quantised
+from sabrage.kernels.language import jit, num_processors, require, tl
+from sabrage.kernels.tiles import Tile
+
+TILE = Tile(128, 256, 128, num_warps=8, num_stages=3)
+# Tiles this many rows apart run together and share columns in the L2 cache.
+GROUP = 8
+HEADROOM = 16.0
+LARGEST = torch.finfo(torch.float8_e5m2).max
+
+
+def narrow_gradients(
+    grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, post_NF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, U and D; `post_NF` is act(z). All in one 16-bit format, widths multiples of 16."""
+    narrow_ND, scale = quantised(grad_ND, torch.float8_e5m2)
+    down_FD, down_scale = quantised(down_DF.t().contiguous())
+    scales_2 = torch.stack((scale * down_scale, scale * HEADROOM))
+    grad_z_NF, narrow_NF = _hidden_gradient(narrow_ND, down_FD, post_NF, scales_2)
+    up_DF, up_scale = quantised(up_FD.t().contiguous())
+    grad_x_ND = torch._scaled_mm(
+        narrow_NF,
+        up_DF.t(),
+        scale_a=scales_2[1].clone(),
+        scale_b=up_scale,
+        out_dtype=grad_ND.dtype,
+        use_fast_accum=True,
+    )
+    return grad_x_ND, grad_z_NF.t() @ x_ND, grad_ND.t() @ post_NF
+
+
+def narrow_gradients_reference(
+    grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, post_NF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, without rounding."""
+    grad_z_NF = (grad_ND @ down_DF) * 2 * post_NF.sqrt()
+    return grad_z_NF @ up_FD, grad_z_NF.t() @ x_ND, grad_ND.t() @ post_NF
+
+
+@torch.library.custom_op("sabrage::hidden_gradient_fp8", mutates_args=())
+def _hidden_gradient(
+    narrow_ND: Tensor, down_FD: Tensor, post_NF: Tensor, scales_2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dz in the dtype of act(z), dz in e5m2 over its scale); scales are those of the product and of dz."""
+    require(narrow_ND.device)
+    grad_z_NF = torch.empty(post_NF.shape, device=post_NF.device, dtype=post_NF.dtype)
+    narrow_NF = torch.empty(post_NF.shape, device=post_NF.device, dtype=torch.float8_e5m2)
+    (m, k), n = narrow_ND.shape, down_FD.shape[0]
+    if not m:
+        return grad_z_NF, narrow_NF
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    programs = min(-(-m // TILE.m) * -(-n // TILE.n), num_processors(post_NF.device))
+    half = [TILE.m, TILE.n // 2]
+    _mapped_product[(programs,)](
+        TensorDescriptor.from_tensor(narrow_ND.contiguous(), [TILE.m, TILE.k]),
+        TensorDescriptor.from_tensor(down_FD.contiguous(), [TILE.n, TILE.k]),
+        TensorDescriptor.from_tensor(grad_z_NF, half),
+        TensorDescriptor.from_tensor(narrow_NF, half),
+        TensorDescriptor.from_tensor(post_NF.contiguous(), half),
+        scales_2,
+        m,
+        n,
+        k,
+        LARGEST=LARGEST,
+        BLOCK_M=TILE.m,
+        BLOCK_N=TILE.n,
+        BLOCK_K=TILE.k,
+        GROUP=GROUP,
+        PROGRAMS=programs,
+        num_warps=TILE.num_warps,
+        num_stages=TILE.num_stages,
+    )
+    return grad_z_NF, narrow_NF
+
+
+@_hidden_gradient.register_fake
+def _(narrow_ND: Tensor, down_FD: Tensor, post_NF: Tensor, scales_2: Tensor) -> tuple[Tensor, Tensor]:
+    return post_NF.new_empty(post_NF.shape), post_NF.new_empty(post_NF.shape, dtype=torch.float8_e5m2)
+
+
+@jit
+def _mapped_product(
+    a,
+    b,
+    out,
+    narrow,
+    kept,
+    scales,
+    M,
+    N,
+    K,
+    LARGEST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """Every PROGRAMS-th tile of a b^T times 2 sqrt(kept), in both formats; beyond an edge all is 0."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    factor, back = 2 * tl.load(scales), 1 / tl.load(scales + 1)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        first_m = tile // (GROUP * tiles_n) * GROUP
+        height = tl.minimum(tiles_m - first_m, GROUP)
+        row = (first_m + tile % (GROUP * tiles_n) % height) * BLOCK_M
+        column = tile % (GROUP * tiles_n) // height * BLOCK_N
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for depth in range(0, K, BLOCK_K):
+            total = tl.dot(a.load([row, depth]), b.load([column, depth]).T, total)
+        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        first, second = tl.split(halves)
+        first *= factor * tl.sqrt(kept.load([row, column]).to(tl.float32))
+        out.store([row, column], first.to(out.dtype))
+        narrow.store([row, column], tl.clamp(first * back, -LARGEST, LARGEST).to(narrow.dtype))
+        second *= factor * tl.sqrt(kept.load([row, column + BLOCK_N // 2]).to(tl.float32))
+        out.store([row, column + BLOCK_N // 2], second.to(out.dtype))
+        cut = tl.clamp(second * back, -LARGEST, LARGEST)
+        narrow.store([row, column + BLOCK_N // 2], cut.to(narrow.dtype))
