@@ -14,9 +14,9 @@
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
 #   try        five changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
-# After each run a step of the baseline is timed on its card, and OUT/race.json is made of all runs so far. A
-# run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as they
-# are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
+# After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
+# far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
+# they are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
 # (stand-in), STEPS the steps of ablation (300), KEEP anything to keep checkpoints, COMMIT the code's commit
 # where this copy is no git checkout. A stage that fails does not stop the rest.
 #
@@ -54,7 +54,7 @@ tries=(
   model.head.columns=24576+model.head.sample_tokens=0+model.head.proposal=uniform
 )
 
-train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the baseline on the same card
+train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
   local folder="$out/runs/$2--seed-$3" program=(-m sabrage)
   [ -z "${4:-}" ] || program=(-m sabrage.cli.capped "$4")
   if ! grep -qs '"ending": "\(done\|target\)"' "$folder/result.json"; then
@@ -63,8 +63,10 @@ train() {  # CARD RECIPE SEED [GIB]: one run to its end, then a step of the base
       >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
   fi
   [ -n "${KEEP:-}" ] || rm -rf "$folder/checkpoints"
-  grep -qs '"step_ms": [0-9]' "$folder.nocap.json" || CUDA_VISIBLE_DEVICES=$1 python3 -m sabrage.bench.step nocap \
-    --out "$folder.nocap.json" "${commit[@]}" >"$folder.nocap.txt" 2>&1
+  local card="$out/runs/card-$1.nocap.json"
+  grep -qs '"step_ms": [0-9]' "$card" || CUDA_VISIBLE_DEVICES=$1 python3 -m sabrage.bench.step nocap \
+    --out "$card" "${commit[@]}" >"$out/runs/card-$1.nocap.txt" 2>&1
+  cp "$card" "$folder.nocap.json"
 }
 
 race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and the table of all runs

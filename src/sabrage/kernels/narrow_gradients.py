@@ -36,13 +36,14 @@ def narrow_gradients(
     """Gradients of x, U and D; `post_NF` is act(z). All in one 16-bit format, widths multiples of 16."""
     narrow_ND, scale = quantised(grad_ND, torch.float8_e5m2)
     down_FD, down_scale = quantised(down_DF.t().contiguous())
-    scales_2 = torch.stack((scale * down_scale, scale * HEADROOM))
+    narrow_scale = scale * HEADROOM
+    scales_2 = torch.stack((scale * down_scale, narrow_scale))
     grad_z_NF, narrow_NF = _hidden_gradient(narrow_ND, down_FD, post_NF, scales_2)
     up_DF, up_scale = quantised(up_FD.t().contiguous())
     grad_x_ND = torch._scaled_mm(
         narrow_NF,
         up_DF.t(),
-        scale_a=scales_2[1].clone(),
+        scale_a=narrow_scale,
         scale_b=up_scale,
         out_dtype=grad_ND.dtype,
         use_fast_accum=True,
