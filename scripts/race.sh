@@ -13,7 +13,7 @@
 #   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
-#   try        five changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
+#   try        six changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
 # they are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -38,18 +38,19 @@ mkdir -p "$out/runs"
 # Why these: LOG.md, the gap to the target. Rates, schedules and moments alone, so that all runs share their graphs.
 changes=(
   plan.lr.warmdown=650
-  plan.momentum.last=0.97
+  plan.momentum.fall=871
   'optim.4.optimizer.betas=[0.8,0.99]'
   optim.4.optimizer.lr=0.005
   optim.1.optimizer.lr=0.6+optim.2.optimizer.lr=0.06
   'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
-  optim.0.optimizer.lr=0.014
+  optim.0.optimizer.lr=0.018
 )
-# Why these: LOG.md, a step of fast. The second and the last two have graphs of their own.
+# Why these: LOG.md, a step of fast. All but the first and the third have graphs of their own.
 tries=(
   plan.momentum.fall=871
-  'model.feedforwards=[{"part":"FusedMlp","zero_init":true,"fp8_gradients":true}]'
+  model.head.frequency_bias=true
   optim.0.optimizer.lr=0.018+optim.0.optimizer.weight_decay=0.14
+  'model.feedforwards=[{"part":"FusedMlp","zero_init":true,"fp8_gradients":true}]'
   model.layers=14
   model.head.columns=24576+model.head.sample_tokens=0+model.head.proposal=uniform
 )

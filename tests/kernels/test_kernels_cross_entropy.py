@@ -239,8 +239,9 @@ def test_the_registration_of_the_operation_is_sound(columns: int) -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
     sizes_V = torch.arange(1, 181).double()
+    bias_V = -sizes_V.float()
     plain = (BOUND, 180, columns, 10, False, 8, True)
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], sizes_V, *plain))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], sizes_V, bias_V, *plain))
 
 
 @interpreted
