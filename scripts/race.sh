@@ -100,6 +100,10 @@ screen() {  # all changes of `fast` at once, eight runs over the cards
   study screen fast "${words[@]}" --inline
 }
 
+ablate() {  # `fast` without each of its tricks
+  study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2
+}
+
 try() {  # each change alone, as many runs at a time as there are cards
   study compare fast "${tries[@]/#/fast+}" --seeds 1
 }
@@ -114,8 +118,7 @@ run() {
       --out "$out/breakdown.json" "${commit[@]}" ;;
     screen) screen ;;
     try) try ;;
-    ablate) python3 -m sabrage study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2 \
-      "${track[@]}" --out "$out/ablate" --result "$out/ablate.json" ;;
+    ablate) ablate ;;
     *) echo "no stage $1" >&2; return 2 ;;
   esac
 }

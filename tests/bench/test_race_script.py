@@ -164,6 +164,12 @@ def test_what_is_tried_can_be_run_and_takes_the_same_tokens_as_fast(race):
     assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
 
 
+def test_each_trick_is_left_out_on_the_cards_that_are_named(race):
+    ablation = studied(race, "ablate")
+    assert (ablation.recipe, ablation.base, ablation.alone) == ("fast", "base", True)
+    assert (ablation.steps, ablation.seeds) == (300, 2)
+
+
 def test_an_unknown_stage_fails(race):
     code, _, commands = race("nonsense")
     assert (code, commands) == (1, [])
