@@ -33,6 +33,9 @@ def test_the_last_validation_is_of_the_mixture_and_the_network_is_told_beside_it
     told = [record for record in run.records if record["event"] == "validation"]
     assert [("network_loss" in record) for record in told] == [False, False, True]
     assert "network_loss" not in plain.result
+    (spent,) = run.events("blend")
+    stages = [spent[f"{name}_seconds"] for name in ("counting", "looking", "fitting")]
+    assert 0 < sum(stages) <= result["train_seconds"]
     checks = {check["name"]: check["passed"] for check in run.manifest["legality"]["checks"]}
     assert checks["blend"]
 

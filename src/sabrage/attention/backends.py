@@ -53,9 +53,11 @@ WIDEST = {"flash": 256, "cudnn": 128, "triton": span_attention.WIDEST, "varlen":
 # TFLOP/s at head widths 128 and 64). Causal: cudnn 547 / 402 and 410 / 321, flex 333 / 290 and 319 / 227,
 # flash 300 / 244 and 267 / 218. A window of 512: flex 230 / 185 and 198 / 144, varlen 183 / 179 and 96 / 156,
 # sdpa 77 / 61 and 60 / 58. Documents: flex 146 / 117 and 75 / 91, varlen 83 / 73 and 60 / 52, sdpa 36 / 36
-# and 30 / 34.
-# Not measured here: fa3 with a window (modded-nanogpt went from FlexAttention to it, and gained), fa4 (for
-# Blackwell its authors report more than cuDNN), and every card but Hopper, where flash is the safe choice.
+# and 30 / 34. On an H200, heads of 128, documents of the corpus in windows of 512 and 2,048, backward: triton
+# 0.65 and 0.82 ms, flex 0.95 and 1.06 (results/fast-kernels-2.json); it is taken for documents alone.
+# Not measured here: triton without documents, fa3 with a window (modded-nanogpt went from FlexAttention to
+# it, and gained), fa4 (for Blackwell its authors report more than cuDNN), and every card but Hopper, where flash
+# is the safe choice.
 PREFERRED: dict[int, tuple[Backend, ...]] = {
     8: ("flash", "flex"),
     9: ("cudnn", "triton", "fa3", "flex", "flash"),
@@ -127,7 +129,8 @@ def choose_backend(
         return backend
     if facts.products is not None and facts.capability is not None:
         for name in PREFERRED.get(facts.capability[0], OTHERWISE):
-            if refusal(name, facts, needs, width=width) is None:
+            measured = name != "triton" or "documents" in needs
+            if measured and refusal(name, facts, needs, width=width) is None:
                 return name
     return "plain" if "scores" in needs else "sdpa"
 

@@ -1,8 +1,10 @@
 """The recipe's blend at the end of training: counts the text, fits the gate, scores the mixture."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,10 @@ def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
 
 @dataclass
 class Blended:
-    """A network, what is kept of the first `blocks` blocks of its training stream, and their gate."""
+    """A network, what is kept of the first `blocks` blocks of its training stream, and their gate.
+
+    `seconds` says what took how long: "counting" the text, "looking" the held-out tokens up, "fitting".
+    """
 
     part: Blend
     evaluator: Evaluator
@@ -58,6 +63,7 @@ class Blended:
     grams: Grams | None
     blocks: int
     gate: Gate | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
     def losses(self) -> tuple[float, float]:
@@ -72,18 +78,28 @@ class Blended:
 
     def fit(self, text: np.ndarray, seed: int) -> None:
         """Fits the gate to a text, (N,), that neither network nor counts have seen."""
-        with torch.no_grad():
+        with torch.no_grad(), self.timed("looking"):
             evidence = Evidence.joined(list(self.evidence(text)))
         part = self.part
-        self.gate = fit(
-            evidence,
-            hidden=part.hidden,
-            steps=part.steps,
-            batch=part.batch,
-            lr=part.lr,
-            seed=seed,
-            rescoring_hidden=part.candidates.hidden if part.candidates else 0,
-        )
+        with self.timed("fitting"):
+            self.gate = fit(
+                evidence,
+                hidden=part.hidden,
+                steps=part.steps,
+                batch=part.batch,
+                lr=part.lr,
+                seed=seed,
+                rescoring_hidden=part.candidates.hidden if part.candidates else 0,
+            )
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Notes how long the `with` block takes, to the end of what it asks of the device."""
+        began, device = time.perf_counter(), self.evaluator.world.device
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[name] = time.perf_counter() - began
 
     def evidence(self, text: np.ndarray | None = None) -> Iterator[Evidence]:
         """The evidence on every target of the metric, or of a text, in batches."""
@@ -124,17 +140,19 @@ def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -
     """The blend without a gate: of the first `blocks` blocks of the stream the newest are kept."""
     part = recipe.blend
     assert part is not None
-    grams, device = None, evaluator.world.device
+    device = evaluator.world.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    made = Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), None, blocks)
     if part.text_orders:
-        text = newest(corpus, blocks, part.text_tokens)[:-1]
-        if part.unseen_tokens:
-            first = blocks + in_blocks(corpus, part.held_out)
-            unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
-            text = np.concatenate((text, unseen))
-        grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
-    return Blended(part, evaluator, recipe.evaluation_shape(recipe.plan.steps), grams, blocks)
+        with made.timed("counting"):
+            text = newest(corpus, blocks, part.text_tokens)[:-1]
+            if part.unseen_tokens:
+                first = blocks + in_blocks(corpus, part.held_out)
+                unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
+                text = np.concatenate((text, unseen))
+            made.grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
+    return made
 
 
 def newest(corpus: Corpus, blocks: int, tokens: int) -> np.ndarray:
@@ -150,15 +168,11 @@ def blend(
 
     None, with a sentence, where the device's memory does not last: the run is not lost with it.
     """
-    device = evaluator.world.device
     try:
         made = counted(recipe, evaluator, corpus, blocks)
         wanted = made.part.held_out
         after = stretch(corpus, blocks, in_blocks(corpus, wanted))
         made.fit(after[: wanted + 1], recipe.budget.seed)
-        if device.type == "cuda":
-            # The caller's clock is to see the end of it.
-            torch.cuda.synchronize(device)
     except torch.cuda.OutOfMemoryError:
         say("out of memory in blending; this is the network alone (next time: --set blend.text_tokens=...)")
         return None

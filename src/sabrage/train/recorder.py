@@ -143,7 +143,8 @@ class Recorder:
             self.progress.validation(step, loss, network_loss)
 
     def keep(self, blended: Blended, step: int) -> None:
-        """Writes the fitted blend beside the checkpoints; when the disk is full the run goes on without."""
+        """Notes how long its parts took and writes the blend; on a full disk the run goes on without."""
+        self.log.write("blend", step=step, **{f"{name}_seconds": n for name, n in blended.seconds.items()})
         try:
             save(self.folder.path, blended, step=step)
         except CheckpointError as error:
