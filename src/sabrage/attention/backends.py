@@ -56,8 +56,8 @@ WIDEST = {"flash": 256, "cudnn": 128, "triton": span_attention.WIDEST, "varlen":
 # and 30 / 34. On an H200, heads of 128, documents of the corpus in windows of 512 and 2,048, backward: triton
 # 0.65 and 0.82 ms, flex 0.95 and 1.06 (results/fast-kernels-2.json); it is taken for documents alone.
 # Not measured here: triton without documents, fa3 with a window (modded-nanogpt went from FlexAttention to
-# it, and gained), fa4 (for Blackwell its authors report more than cuDNN), and every card but Hopper, where flash
-# is the safe choice.
+# it, and gained), fa4 (for Blackwell its authors report more than cuDNN), and every card but Hopper, where
+# flash is the safe choice.
 PREFERRED: dict[int, tuple[Backend, ...]] = {
     8: ("flash", "flex"),
     9: ("cudnn", "triton", "fa3", "flex", "flash"),
