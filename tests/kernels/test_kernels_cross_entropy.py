@@ -139,6 +139,7 @@ def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
         given["targets_NW"],
         given["weights_W"],
         None,
+        None,
         BOUND,
         180,
         0,
@@ -203,9 +204,9 @@ def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
         tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
         targets_NW = given["targets_NW"][:16].repeat(copies, 1)
         held.append(
-            head._head(*tokens, targets_NW, given["weights_W"], None, BOUND, 180, 0, 0, False, 64, True)[2][
-                :16
-            ]
+            head._head(
+                *tokens, targets_NW, given["weights_W"], None, None, BOUND, 180, 0, 0, False, 64, True
+            )[2][:16]
         )
     torch.testing.assert_close(*held)
 
