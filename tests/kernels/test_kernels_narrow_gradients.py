@@ -89,10 +89,14 @@ def test_what_it_is_not_for_is_refused() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("change", ["gelu", "wide"])
-def test_gelu_and_wide_formats_are_refused(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+@pytest.mark.parametrize("change", ["gelu", "wide", "uneven"])
+def test_gelu_wide_formats_and_uneven_widths_are_refused(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     monkeypatch.setattr(room, "capability_of", lambda _: (9, 0))
     x, up, down, _ = tensors(torch.float32 if change == "wide" else torch.float16)
+    if change == "uneven":
+        up, down = up[:312].contiguous(), down[:, :312].contiguous()
     with pytest.raises(KernelError, match="use fp8_gradients=False"):
         perceptron(x, up, down, activation="gelu" if change == "gelu" else "relu_squared", fp8_gradients=True)
 

@@ -84,10 +84,12 @@ def perceptron(
         raise KernelError(f"got {sorted(map(str, dtypes))}, allowed: one dtype; cast, or run under autocast")
     if activation not in ("relu_squared", "gelu"):
         raise KernelError(f"activation={activation!r}, allowed: 'relu_squared', 'gelu'")
-    if fp8_gradients and not maps(capability_of(x_ND.device), activation, x_ND, up_FD, down_DF):
+    uneven = any(width % ALIGNMENT for width in up_FD.shape)
+    if fp8_gradients and (uneven or not maps(capability_of(x_ND.device), activation, x_ND, up_FD, down_DF)):
         raise KernelError(
-            f"fp8_gradients are for relu_squared in 16 bits on compute capability 9.0, and this is "
-            f"{activation} in {x_ND.dtype} on {capability_of(x_ND.device)}; use fp8_gradients=False"
+            f"fp8_gradients are for relu_squared in 16 bits, widths that {ALIGNMENT} divides and compute "
+            f"capability 9.0, and this is {activation} in {x_ND.dtype} of {tuple(up_FD.shape)} on "
+            f"{capability_of(x_ND.device)}; use fp8_gradients=False"
         )
     learning = x_ND.requires_grad or up_FD.requires_grad or down_DF.requires_grad
     learns = torch.is_grad_enabled() and learning
