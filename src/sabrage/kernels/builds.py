@@ -18,6 +18,7 @@ from sabrage.kernels import (
     split,
     symmetric_product,
 )
+from sabrage.kernels.tiles import GROUP
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _product_build(capability: tuple[int, int], epilogue: str, *, second: bool) 
     types = dict.fromkeys(("a", "b", "out", "second", "kept"), "*bf16")
     types |= dict.fromkeys(("M", "N", "K"), "i32:16")
     constants = {"EPILOGUE": epilogue, "SECOND": second, "EVEN": True, "PRECISION": "tf32"}
-    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": linear_activation.GROUP}
+    constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": GROUP}
     kernel = linear_activation._product
     return Build(f"product, {epilogue}", kernel, types, constants, tile.num_warps, tile.num_stages, 192)
 
@@ -144,7 +145,7 @@ def _mapped_product_build(*, back: bool) -> Build:
     types = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in boxes.items()}
     types |= dict.fromkeys(("M", "N", "K"), "i32:16")
     constants = {"BACK": back, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    constants |= {"GROUP": linear_activation.GROUP, "PROGRAMS": 132}
+    constants |= {"GROUP": GROUP, "PROGRAMS": 132}
     name, kernel = f"mapped product{', back' if back else ''}", linear_activation._mapped_product
     return Build(name, kernel, types, constants, tile.num_warps, tile.num_stages, 255)
 
@@ -158,7 +159,7 @@ def _narrow(capability: tuple[int, int]) -> list[Build]:
     types |= dict.fromkeys(("out", "kept"), f"tensordesc<bf16[{half}]>") | {"scales": "*fp32"}
     types |= {"narrow": f"tensordesc<fp8e5[{half}]>"} | dict.fromkeys(("M", "N", "K"), "i32:16")
     constants: dict[str, Any] = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    constants |= {"GROUP": room.GROUP, "LARGEST": room.LARGEST, "PROGRAMS": 132}
+    constants |= {"GROUP": GROUP, "LARGEST": room.LARGEST, "PROGRAMS": 132}
     warps, stages = tile.num_warps, tile.num_stages
     return [Build("narrow gradients", room._mapped_product, types, constants, warps, stages, 255)]
 
@@ -223,7 +224,7 @@ def _grouped(capability: tuple[int, int]) -> list[Build]:
                 f"grouped product{', back' if back else ''}",
                 grouped_product._rows,
                 rows,
-                constants | sizes | {"BACK": back, "GROUP": grouped_product.GROUP},
+                constants | sizes | {"BACK": back, "GROUP": GROUP},
                 tile.num_warps,
                 tile.num_stages,
                 192,

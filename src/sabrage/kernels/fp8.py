@@ -16,3 +16,10 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype
     """a b in `dtype`; b by columns. For eager code: torch 2.11 cannot compile a graph with it."""
     whole = ScalingType.TensorWise
     return F.scaled_mm(a, b, scale_a, whole, scale_b, whole, output_dtype=dtype)
+
+
+def traced_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """The same for code that is compiled; `fast` sums in fewer bits on Hopper."""
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)

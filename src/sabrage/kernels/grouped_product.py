@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sabrage.kernels.language import KernelError, capability_of, jit, require, tl
-from sabrage.kernels.tiles import Tile
+from sabrage.kernels.tiles import Tile, place_of
 
 # As for a dense product; of the weights' gradient a tile is (outputs, inputs), so many rows at a time.
 HOPPER = Tile(128, 128, 64, num_warps=8, num_stages=3)
 AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4)
 FP32 = Tile(64, 64, 16, num_warps=4, num_stages=2)
-# Tiles this many rows apart run together and share columns in the L2 cache.
-GROUP = 8
 
 
 def tile_for(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
@@ -83,12 +81,7 @@ def _grouped(x_MK: Tensor, weight: Tensor, ends_E: Tensor, back: bool) -> Tensor
         EVEN=n % tile.n == k % tile.k == 0,
         PRECISION="ieee" if x_MK.dtype == torch.float32 else "tf32",
         EXPERTS=max(2, 1 << (experts - 1).bit_length()),
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        GROUP=GROUP,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
     return out_MN
 
@@ -165,10 +158,8 @@ def _rows(
     """One program a tile of rows of one group and columns; weight is (E, N, K), or (E, K, N) going back."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    first_m = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first_m, GROUP)
-    tile_m = first_m + program % (GROUP * tiles_n) % height
-    start_n = program % (GROUP * tiles_n) // height * BLOCK_N
+    tile_m, tile_n = place_of(program, tiles_m, tiles_n, GROUP)
+    start_n = tile_n * BLOCK_N
 
     numbers = tl.arange(0, EXPERTS)
     is_expert = numbers < experts

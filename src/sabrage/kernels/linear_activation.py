@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sabrage.kernels.language import KernelError, capability_of, jit, num_processors, require, tl
 from sabrage.kernels.narrow_gradients import narrow_gradients
-from sabrage.kernels.tiles import Tile
+from sabrage.kernels.tiles import Tile, place_of
 
 Activation = Literal["relu_squared", "gelu"]
 
@@ -42,8 +42,6 @@ FP32_TILE = Tile(64, 64, 16, num_warps=4, num_stages=2)
 MAPPED_TILE = Tile(128, 256, 64, num_warps=8, num_stages=3)
 # Bytes that the copy engine wants rows to be multiples of.
 ALIGNMENT = 16
-# Tiles this many rows apart run together and share columns in the L2 cache.
-GROUP = 8
 
 
 def tile_for(capability: tuple[int, int], dtype: torch.dtype, epilogue: str) -> Tile:
@@ -192,12 +190,7 @@ def _launch(
         SECOND=second is not None,
         EVEN=m % tile.m == n % tile.n == k % tile.k == 0,
         PRECISION="ieee" if a_MK.dtype == torch.float32 else "tf32",
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        GROUP=GROUP,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
 
 
@@ -226,13 +219,8 @@ def _launch_mapped(a_MK: Tensor, b: Tensor, out_MN: Tensor, kept: Tensor | None)
         n,
         k,
         BACK=back,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        GROUP=GROUP,
         PROGRAMS=programs,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(),
     )
 
 
@@ -255,10 +243,8 @@ def _mapped_product(
     """Every PROGRAMS-th tile of relu(a b^T)^2, or of a b times 2 sqrt(kept); beyond an edge all is 0."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
-        first_m = tile // (GROUP * tiles_n) * GROUP
-        height = tl.minimum(tiles_m - first_m, GROUP)
-        row = (first_m + tile % (GROUP * tiles_n) % height) * BLOCK_M
-        column = tile % (GROUP * tiles_n) // height * BLOCK_N
+        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for depth in range(0, K, BLOCK_K):
             left = a.load([row, depth])
@@ -318,11 +304,8 @@ def _product(
     """out = epilogue(a B): a (M, K); B is b (N, K) transposed, or b (K, N) itself when going back."""
     BACK: tl.constexpr = EPILOGUE == "relu_squared_back" or EPILOGUE == "gelu_back"
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    first_m = program // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first_m, GROUP)
-    start_m = (first_m + program % (GROUP * tiles_n) % height) * BLOCK_M
-    start_n = program % (GROUP * tiles_n) // height * BLOCK_N
+    tile_m, tile_n = place_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
     rows, columns, depth = tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     row_in, column_in = start_m + rows < M, columns < N
     a_tile = a + start_m.to(tl.int64) * K + rows[:, None] * K + depth[None, :]

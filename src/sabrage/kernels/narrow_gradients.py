@@ -19,13 +19,11 @@ cut off.
 import torch
 from torch import Tensor
 
-from sabrage.kernels.fp8 import quantised
+from sabrage.kernels.fp8 import quantised, traced_product
 from sabrage.kernels.language import jit, num_processors, require, tl
-from sabrage.kernels.tiles import Tile
+from sabrage.kernels.tiles import Tile, place_of
 
 TILE = Tile(128, 256, 128, num_warps=8, num_stages=3)
-# Tiles this many rows apart run together and share columns in the L2 cache.
-GROUP = 8
 HEADROOM = 16.0
 LARGEST = torch.finfo(torch.float8_e5m2).max
 
@@ -40,14 +38,7 @@ def narrow_gradients(
     scales_2 = torch.stack((scale * down_scale, narrow_scale))
     grad_z_NF, narrow_NF = _hidden_gradient(narrow_ND, down_FD, post_NF, scales_2)
     up_DF, up_scale = quantised(up_FD.t().contiguous())
-    grad_x_ND = torch._scaled_mm(
-        narrow_NF,
-        up_DF.t(),
-        scale_a=narrow_scale,
-        scale_b=up_scale,
-        out_dtype=grad_ND.dtype,
-        use_fast_accum=True,
-    )
+    grad_x_ND = traced_product(narrow_NF, up_DF.t(), narrow_scale, up_scale, grad_ND.dtype, fast=True)
     return grad_x_ND, grad_z_NF.t() @ x_ND, grad_ND.t() @ post_NF
 
 
@@ -85,13 +76,8 @@ def _hidden_gradient(
         n,
         k,
         LARGEST=LARGEST,
-        BLOCK_M=TILE.m,
-        BLOCK_N=TILE.n,
-        BLOCK_K=TILE.k,
-        GROUP=GROUP,
         PROGRAMS=programs,
-        num_warps=TILE.num_warps,
-        num_stages=TILE.num_stages,
+        **TILE.options(),
     )
     return grad_z_NF, narrow_NF
 
@@ -123,10 +109,8 @@ def _mapped_product(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     factor, back = 2 * tl.load(scales), 1 / tl.load(scales + 1)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
-        first_m = tile // (GROUP * tiles_n) * GROUP
-        height = tl.minimum(tiles_m - first_m, GROUP)
-        row = (first_m + tile % (GROUP * tiles_n) % height) * BLOCK_M
-        column = tile % (GROUP * tiles_n) // height * BLOCK_N
+        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for depth in range(0, K, BLOCK_K):
             total = tl.dot(a.load([row, depth]), b.load([column, depth]).T, total)

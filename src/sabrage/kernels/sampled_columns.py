@@ -68,8 +68,8 @@ def samples(
     bias = None if bias_V is None else bias_V[:num_real].float() / math.log(2)
     if not 0 < num_columns < num_real:
         return [Sample(slice(0, count), targets_NW, None, bias)]
-    stretch = min(tokens or count, max(count, 1))
-    whole = count // stretch * stretch if count else 0
+    stretch = tokens or max(count, 1)
+    whole = count // stretch * stretch
     # The stretches of full length at once: what takes the time here is the number of small kernels.
     parts = [targets_NW[:whole].unflatten(0, (-1, stretch))] if whole else []
     if whole < count or not count:
@@ -130,14 +130,19 @@ def draws(
 
 def sizes_of(counts_V: Tensor) -> Tensor:
     """The root of how often each token has been a target, fp64; none is taken to be impossible."""
-    counts_V = counts_V.double()
-    return (counts_V + 1 + FLOOR * counts_V.sum()).sqrt()
+    return smoothed(counts_V).sqrt()
 
 
 def frequency_bias(counts_V: Tensor) -> Tensor:
     """The logarithm of each token's share of all targets so far, fp32, in nats; equal ones at first."""
-    counts_V = counts_V.double() + 1 + FLOOR * counts_V.sum()
-    return (counts_V / counts_V.sum()).log().float()
+    smoothed_V = smoothed(counts_V)
+    return (smoothed_V / smoothed_V.sum()).log().float()
+
+
+def smoothed(counts_V: Tensor) -> Tensor:
+    """The counts, fp64, as though every token had been there once, and a few millionths of the time."""
+    counts_V = counts_V.double()
+    return counts_V + 1 + FLOOR * counts_V.sum()
 
 
 def _keys(targets_SNW: Tensor) -> Tensor:

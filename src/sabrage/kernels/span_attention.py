@@ -257,6 +257,12 @@ def _reach(starts, row, time, EVEN: tl.constexpr):
 
 
 @jit
+def _seen(row, column, reach):
+    """Which columns are no farther back than their rows reach, and not behind them."""
+    return (row - column).to(tl.uint32, bitcast=True) <= reach
+
+
+@jit
 def _store(base, row, stride, value, time, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = (row < time)[:, None] & (column < WIDTH)[None, :]
@@ -286,8 +292,7 @@ def _outputs(
         column = key + tl.arange(0, KEYS)
         k_rows = _rows(keys, column, k_time, time, WIDTH, BLOCK, EVEN)
         score = tl.dot(q_rows, k_rows.T, input_precision=PRECISION) * scale
-        distance = (row[:, None] - column[None, :]).to(tl.uint32, bitcast=True)
-        seen = distance <= reach[:, None]
+        seen = _seen(row[:, None], column[None, :], reach[:, None])
         score = tl.where(seen, score, UNSEEN)
         larger = tl.maximum(largest, tl.max(score, 1))
         weight = tl.exp2(score - larger[:, None])
@@ -331,8 +336,7 @@ def _queries(
         k_rows = _rows(keys, column, k_time, time, WIDTH, BLOCK, EVEN)
         v_rows = _rows(values, column, v_time, time, WIDTH, BLOCK, EVEN)
         score = tl.dot(q_rows, k_rows.T, input_precision=PRECISION) * scale
-        distance = (row[:, None] - column[None, :]).to(tl.uint32, bitcast=True)
-        seen = distance <= reach[:, None]
+        seen = _seen(row[:, None], column[None, :], reach[:, None])
         weight = tl.exp2(tl.where(seen, score - log_sum[:, None], UNSEEN))
         pulled = tl.dot(g_rows, v_rows.T, input_precision=PRECISION)
         change = weight * (pulled - taken[:, None])
@@ -368,8 +372,7 @@ def _keys(
         log_sum = tl.load(lse + numbers + row, mask=row < time, other=0.0)
         taken = tl.load(delta + numbers + row, mask=row < time, other=0.0)
         score = tl.dot(k_rows, q_rows.T, input_precision=PRECISION) * scale
-        distance = (row[None, :] - column[:, None]).to(tl.uint32, bitcast=True)
-        seen = distance <= reach[None, :]
+        seen = _seen(row[None, :], column[:, None], reach[None, :])
         weight = tl.exp2(tl.where(seen, score - log_sum[None, :], UNSEEN))
         sums_v = tl.dot(weight.to(g_rows.dtype), g_rows, sums_v, input_precision=PRECISION)
         pulled = tl.dot(v_rows, g_rows.T, input_precision=PRECISION)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.config import ConfigError
+from sabrage.kernels.fp8 import traced_product
 from sabrage.linear import Linear, check_patterns, replace_products
 from sabrage.parts import Precision
 from sabrage.precision.autocast import lacking, set_switches
@@ -109,7 +110,7 @@ class Fp8Function(torch.autograd.Function):
         narrow_OI, weight_scale = quantise(weight_OI, torch.float8_e4m3fn)
         ctx.save_for_backward(x_NI, narrow_OI, weight_scale)
         ctx.gradients, ctx.weight_dtype = gradients, weight_OI.dtype
-        return scaled_product(narrow_NI, narrow_OI.t(), x_scale, weight_scale, fast=True)
+        return traced_product(narrow_NI, narrow_OI.t(), x_scale, weight_scale, torch.bfloat16, fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -117,7 +118,7 @@ class Fp8Function(torch.autograd.Function):
         narrow_NO, grad_scale = quantise(grad_NO, torch.float8_e5m2, ctx.gradients)
         # The units read the right-hand factor by columns.
         columns_OI = narrow_OI.t().contiguous().t()
-        grad_NI = scaled_product(narrow_NO, columns_OI, grad_scale, weight_scale, fast=False)
+        grad_NI = traced_product(narrow_NO, columns_OI, grad_scale, weight_scale, torch.bfloat16, fast=False)
         grad_OI = (grad_NO.t() @ x_NI).to(ctx.weight_dtype)
         return grad_NI, grad_OI, None, None
 
@@ -136,18 +137,3 @@ def quantise(values_X: Tensor, dtype: torch.dtype, history: Tensor | None = None
     # The floor keeps a tensor of zeros at zero instead of 0 / 0.
     scale = amax.clamp(min=1e-30) / largest
     return (values_X.float() / scale).clamp(-largest, largest).to(dtype).contiguous(), scale
-
-
-def scaled_product(
-    narrow_NI: Tensor, narrow_IO: Tensor, scale: Tensor, other_scale: Tensor, *, fast: bool
-) -> Tensor:
-    """The product of two FP8 matrices times their scales, in bf16; `fast` sums in fewer bits on Hopper."""
-    # F.scaled_mm computes the same, but torch 2.11 cannot compile a graph with it.
-    return torch._scaled_mm(
-        narrow_NI,
-        narrow_IO,
-        scale_a=scale,
-        scale_b=other_scale,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=fast,
-    )
