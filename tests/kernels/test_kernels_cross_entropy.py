@@ -4,6 +4,7 @@ import torch
 from sabrage.kernels import cross_entropy as head
 from sabrage.kernels.cases import Case
 from sabrage.kernels.catalogue import CROSS_ENTROPY
+from sabrage.kernels.head_products import Products
 from sabrage.kernels.language import KernelError
 
 interpreted = pytest.mark.skipif(
@@ -26,11 +27,14 @@ def gradients(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[to
     return total.detach().float(), h.grad.float(), weight.grad.float()
 
 
-class GivenLogits(head._Products):
+class GivenLogits(Products):
     """The logits are what is given as h; the narrow copy of their gradient is NaN until it is written."""
 
-    def logits(self, h_CD: torch.Tensor) -> torch.Tensor:
-        return h_CD.clone()
+    def __init__(self, logits_NV: torch.Tensor) -> None:
+        super().__init__(logits_NV, logits_NV.new_empty(0))
+
+    def logits(self, part: slice) -> torch.Tensor:
+        return self.h_MD[part].clone()
 
     def narrow(self, logits_CV: torch.Tensor) -> torch.Tensor:
         # Interpreted, a rounding to e5m2 that should carry into the exponent halves the number.
@@ -59,7 +63,7 @@ def row_pass(
     products = GivenLogits(logits_NV)
     constants = list(bound.get("rescale") or (0.0, 0.0, 0.0))
     wide_NV, narrow_NV = head._row_pass(
-        products, logits_NV, targets_NW, weights_W, nll_NW, num_real, constants, True
+        products, slice(None), targets_NW, weights_W, nll_NW, num_real, constants, True
     )
     leaf_NV = logits_NV.double().requires_grad_()
     z_NV = head.bounded(leaf_NV[:, :num_real], None, bound.get("rescale"))
@@ -102,7 +106,9 @@ def test_a_bound_takes_whatever_logit_there_is(loud: float) -> None:
     weights_W, nll_NW = torch.ones(1), torch.empty(1, 1)
     for target in (0, 1):
         targets_NW = torch.tensor([[target]])
-        grad_NV, _ = head._row_pass(GivenLogits(h), h, targets_NW, weights_W, nll_NW, 60, BOUND, True)
+        grad_NV, _ = head._row_pass(
+            GivenLogits(h), slice(None), targets_NW, weights_W, nll_NW, 60, BOUND, True
+        )
         z = head.bounded(h[:, :60], None, (BOUND[0], BOUND[1], BOUND[2]))
         torch.testing.assert_close(nll_NW[:, 0], z.logsumexp(1) - z[:, target])
         assert grad_NV.isfinite().all()

@@ -24,12 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sabrage.kernels.cross_entropy_rows import BLOCK, LOW_HEIGHT, NUM_WARPS, rows
-from sabrage.kernels.fp8 import quantised, scaled_product
+from sabrage.kernels.head_products import Products, accumulated, products_by_sample
 from sabrage.kernels.language import KernelError, require
 from sabrage.kernels.sampled_columns import Sample, samples
-
-# Matrix units and FP8 want multiples of this many rows of W.
-ROW_MULTIPLE = 64
 
 
 def bounded(x_X: Tensor, softcap: float | None, rescale: tuple[float, float, float] | None) -> Tensor:
@@ -110,7 +107,8 @@ def cross_entropy_head(
     targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
     the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Others are drawn by
     their `sizes_V` (fp64, by default equal). `bias_V` (nats, no gradient) is added to all logits, after what
-    bounds them. Raises KernelError for what it cannot take.
+    bounds them. No more logits are held than `chunk_tokens` tokens have of the whole vocabulary. Raises
+    KernelError for what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
     _check(h_ND, weight_VD, targets_NW, num_real, columns, sample_tokens, fp8, chunk_tokens)
@@ -202,11 +200,10 @@ def _head(
     # Without a sample the columns are the rows of W, and their gradient is its own.
     summed = learns and drawn[0].ids_K is not None
     grad_VD = torch.zeros((len(weight_VD) if summed else 0, dim), device=h_ND.device, dtype=torch.float32)
+    products_of = products_by_sample(h_ND, weight_VD, coefficients_W, fp8)
     for sample in drawn:
-        weight_KD = weight_VD if sample.ids_K is None else weight_VD[sample.ids_K]
-        table_KD = _padded(weight_KD, h_ND.dtype)
-        products = _Fp8Products(table_KD, coefficients_W) if fp8 and num_tokens else _Products(table_KD)
-        own = (h_ND[sample.part], nll_NW[sample.part], grad_h_ND[sample.part])
+        products = products_of(sample)
+        own = nll_NW[sample.part], grad_h_ND[sample.part]
         grad_KD = _sample_pass(products, sample, *own, coefficients_W, num_real, bound, learns, chunk_tokens)
         if sample.ids_K is None:
             grad_VD = grad_KD[: len(weight_VD)]
@@ -219,9 +216,8 @@ def _head(
 
 
 def _sample_pass(
-    products: "_Products",
+    products: Products,
     sample: Sample,
-    h_MD: Tensor,
     nll_MW: Tensor,
     grad_h_MD: Tensor,
     coefficients_W: Tensor,
@@ -231,16 +227,16 @@ def _sample_pass(
     chunk_tokens: int,
 ) -> Tensor:
     """Fills nll_MW and, if it `learns`, grad_h_MD, of one sample's tokens; returns its columns' gradient."""
+    h_MD = products.h_MD
     columns = num_real if sample.ids_K is None else len(sample.ids_K)
-    rows_held = len(products.table_VD) if learns else 0
-    grad_KD = torch.zeros((rows_held, h_MD.shape[1]), device=h_MD.device, dtype=torch.float32)
-    for start in range(0, len(h_MD), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        h_CD, targets_CW = h_MD[part].contiguous(), sample.targets_MW[part].contiguous()
+    chunk = chunk_tokens * (num_real // columns)
+    grad_KD = torch.empty((0, h_MD.shape[1]), device=h_MD.device, dtype=torch.float32)
+    for start in range(0, len(h_MD), chunk):
+        part = slice(start, start + chunk)
         logits_CV, narrow_CV = _row_pass(
             products,
-            h_CD,
-            targets_CW,
+            part,
+            sample.targets_MW[part].contiguous(),
             coefficients_W,
             nll_MW[part],
             columns,
@@ -250,9 +246,11 @@ def _sample_pass(
         )
         if learns:
             products.hidden_gradient(logits_CV, narrow_CV, grad_h_MD[part])
-            _accumulate(grad_KD, logits_CV, h_CD)
+            grad_KD = accumulated(grad_KD if start else None, logits_CV, h_MD[part])
         # The next chunk takes this one's memory.
         del logits_CV, narrow_CV
+    if learns and not len(h_MD):
+        return grad_KD.new_zeros((products.num_rows, h_MD.shape[1]))
     return grad_KD
 
 
@@ -262,8 +260,8 @@ def target_counts(drawn: list[Sample]) -> Tensor:
 
 
 def _row_pass(
-    products: "_Products",
-    h_CD: Tensor,
+    products: Products,
+    part: slice,
     targets_CW: Tensor,
     coefficients_W: Tensor,
     nll_CW: Tensor,
@@ -272,11 +270,12 @@ def _row_pass(
     learns: bool,
     bits_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fills nll_CW; returns the logits' gradient if it `learns`, and its narrow copy where one is wanted."""
-    logits_CV = products.logits(h_CD)
+    """Fills nll_CW of a part of the tokens; returns the logits' gradient if it `learns`, and its narrow copy
+    where one is wanted."""
+    logits_CV = products.logits(part)
     narrow_CV = products.narrow(logits_CV) if learns else None
     sets = targets_CW.shape[1]
-    rows[(len(h_CD),)](
+    rows[(len(logits_CV),)](
         logits_CV,
         logits_CV if narrow_CV is None else narrow_CV,
         targets_CW,
@@ -331,70 +330,3 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 _head.register_autograd(_backward, setup_context=_save)
-
-
-def _padded(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`, with rows of zeros up to the next multiple of ROW_MULTIPLE."""
-    extra = -weight_VD.shape[0] % ROW_MULTIPLE
-    return (
-        F.pad(weight_VD.to(dtype), (0, 0, 0, extra)).contiguous()
-        if extra
-        else weight_VD.to(dtype).contiguous()
-    )
-
-
-def _accumulate(grad_VD: Tensor, logit_grads_CV: Tensor, h_CD: Tensor) -> None:
-    """grad += logit_grads^T h, 16-bit factors summed in fp32."""
-    if h_CD.is_cuda and h_CD.dtype != torch.float32:
-        torch.addmm(grad_VD, logit_grads_CV.t(), h_CD, out_dtype=torch.float32, out=grad_VD)
-    else:
-        # Off CUDA torch has no product of 16-bit factors with an fp32 sum.
-        grad_VD.addmm_(logit_grads_CV.t().float(), h_CD.float())
-
-
-class _Products:
-    """The head's products in the dtype of h."""
-
-    def __init__(self, table_VD: Tensor) -> None:
-        self.table_VD = table_VD
-        self.grad_scale = torch.ones((), device=table_VD.device)
-
-    def logits(self, h_CD: Tensor) -> Tensor:
-        return h_CD @ self.table_VD.t()
-
-    def narrow(self, logits_CV: Tensor) -> Tensor | None:
-        """Where the kernel writes a narrower copy of the logits' gradient, if one is wanted."""
-        return None
-
-    def hidden_gradient(self, grad_CV: Tensor, narrow_CV: Tensor | None, out_CD: Tensor) -> None:
-        torch.mm(grad_CV, self.table_VD, out=out_CD)
-
-
-class _Fp8Products(_Products):
-    """FP8 products, one scale a tensor: h and W by their largest value, the gradient by its bound.
-
-    A logit's gradient never exceeds sum_w |c_w|: its scale is known before it is, and e5m2 spans the rest.
-    Every scale is a tensor of its own: cuBLAS wants the pointers aligned to 16 bytes.
-    """
-
-    def __init__(self, table_VD: Tensor, coefficients_W: Tensor) -> None:
-        super().__init__(table_VD)
-        self.quantised_VD, self.scale = quantised(table_VD)
-        self.quantised_DV = self.quantised_VD.t().contiguous()
-        self.grad_scale = coefficients_W.abs().sum().clamp(min=1e-12) / GRADIENT_RANGE
-
-    def logits(self, h_CD: Tensor) -> Tensor:
-        quantised_CD, scale = quantised(h_CD)
-        return scaled_product(quantised_CD, self.quantised_VD.t(), scale, self.scale, h_CD.dtype)
-
-    def narrow(self, logits_CV: Tensor) -> Tensor | None:
-        return torch.empty(logits_CV.shape, device=logits_CV.device, dtype=torch.float8_e5m2)
-
-    def hidden_gradient(self, grad_CV: Tensor, narrow_CV: Tensor | None, out_CD: Tensor) -> None:
-        assert narrow_CV is not None
-        product = scaled_product(narrow_CV, self.quantised_DV.t(), self.grad_scale, self.scale, out_CD.dtype)
-        out_CD.copy_(product)
-
-
-# Half of e5m2's largest finite value, 57,344: rounding up must not reach infinity.
-GRADIENT_RANGE = 28672.0
