@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ import torch
 from sabrage.blend import candidates, evidence, neural
 from sabrage.blend.audit import fault, same
 from sabrage.blend.blend import Blend
-from sabrage.blend.candidates import Candidates, Occurrences, listed, offered
+from sabrage.blend.candidates import Candidates, listed, offered
+from sabrage.blend.document import Occurrences
 from sabrage.blend.evidence import Evidence, depths, evidence_of, in_text
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
@@ -112,20 +112,32 @@ def test_candidates_followed_in_the_text_or_are_likely(rows):
 
 def test_what_is_known_of_candidates_as_by_hand(rows):
     tokens_NC, of = found(rows)
-    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + 2 + len(CACHE)
+    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + (1 + ORDERS) + 5 + len(CACHE)
     assert of.features_NCX.isfinite().all()
     for index, document, log_V, _ in places(rows):
         for column in (of.log_NC[index] > -torch.inf).nonzero()[:, 0].tolist():
             token = int(tokens_NC[index, column])
             expected = [log_V[token] / 4 + 1]
+            backed = (torch.tensor(after([]).count(token)) + 0.5) / (len(TEXT) + 0.5 * VOCABULARY)
+            smoothed = [backed.log() / 8 + 1]
             for order in range(1, ORDERS + 1):
                 followed = after(document[-order:]) if order <= len(document) else []
                 hits, count = torch.tensor(float(followed.count(token))), len(followed)
                 share = ((hits + 0.05) / (count + 1)).log() / 4 + 1 if count else torch.zeros(())
                 expected += [hits.log1p() / 4, share]
-            pairs = list(pairwise(document))
-            stood = sum(later == token for _, later in pairs), pairs.count((document[-1], token))
-            expected += [torch.tensor(float(times)).log1p() / 2 for times in stood]
+                if count:
+                    backed = (hits + 8 * count**0.75 * backed) / (count + 8 * count**0.75)
+                smoothed.append(backed.log() / 4 + 1)
+            expected += smoothed
+            for order in range(4):
+                # Where it stood after the last tokens, if there are so many.
+                last = document[len(document) - order :] if order <= len(document) else None
+                at = [at for at in range(max(order, 1), len(document)) if document[at] == token]
+                at = [at for at in at if document[at - order : at] == last]
+                expected.append(torch.tensor(float(len(at))).log1p() / 2)
+                if not order:
+                    back = torch.tensor(float(len(document) - at[-1]) if at else math.e**8)
+                    expected.append(1 - back.log() / 8)
             expected += [torch.tensor(cached_share(near(rows, index, document), b, token)) for b in CACHE]
             torch.testing.assert_close(
                 of.features_NCX[index, column], torch.stack(expected), atol=1e-4, rtol=0
@@ -146,7 +158,7 @@ def test_without_a_counted_text_the_network_names_the_candidates(rows):
     part = replace(PART, text_orders=0, cache=())
     whole = evidence_of(part, None, lambda h_MD: h_MD @ HEAD, *table(rows), vocab_size=VOCABULARY)
     assert whole.candidates.log_NC.isfinite().all()
-    assert whole.candidates.features_NCX.shape == (3 * LENGTH, FEW.likeliest, 3)
+    assert whole.candidates.features_NCX.shape == (3 * LENGTH, FEW.likeliest, 1 + 5)
     nothing_listed = said(rows, replace(PART, candidates=replace(FEW, followers=0, nearest=0)))
     assert torch.equal(nothing_listed.candidates.log_NC, whole.candidates.log_NC)
     the_nearest = said(rows, replace(PART, text_orders=0, candidates=FEW)).candidates
@@ -205,9 +217,11 @@ def test_targets_that_are_none_change_nothing_before_them(rows):
 def test_occurrences_before_a_place_as_by_hand():
     key_N = torch.randint(9, (50,), generator=torch.Generator().manual_seed(0)) * 3
     asked_MC = torch.arange(-1, 30).repeat(50, 1)
-    before_MC = Occurrences(key_N).before(asked_MC, torch.arange(50))
+    before_MC, back_MC = Occurrences(key_N).before(asked_MC, torch.arange(50))
     for place in range(50):
-        assert before_MC[place].tolist() == [int((key_N[:place] == key).sum()) for key in range(-1, 30)]
+        stood = [(key_N[:place] == key).nonzero()[:, 0].tolist() for key in range(-1, 30)]
+        assert before_MC[place].tolist() == [len(at) for at in stood]
+        assert back_MC[place].tolist() == [place - at[-1] if at else 0 for at in stood]
 
 
 ONE = Blend(text_orders=0, document_orders=1, seen=False, cache=())
@@ -263,7 +277,7 @@ def test_a_target_among_what_stood_before_is_caught(monkeypatch):
 
 def test_what_stands_in_other_documents_or_comes_later_is_caught(monkeypatch):
     monkeypatch.setattr(
-        Occurrences, "before", lambda self, asked_MC, _: torch.searchsorted(self.keys, asked_MC)
+        Occurrences, "before", lambda self, asked_MC, _: (torch.searchsorted(self.keys, asked_MC),) * 2
     )
     assert fault(replace(ONE, candidates=FEW)) is not None
 

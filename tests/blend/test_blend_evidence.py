@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sabrage.blend import audit, evidence, neural
+from sabrage.blend import audit, document, evidence, neural
 from sabrage.blend.audit import fault
 from sabrage.blend.blend import Blend
-from sabrage.blend.evidence import Evidence, depths, evidence_of, in_document, in_text
+from sabrage.blend.document import in_document
+from sabrage.blend.evidence import Evidence, depths, evidence_of, in_text
 from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cached, network_says
 
@@ -153,21 +154,21 @@ def too_deep(tokens_BT, documents_BT):
     return depth_BT + 9, group_BT
 
 
-evidence_earlier, evidence_depths, rows_before = evidence.earlier, evidence.depths, Rows.before
+evidence_earlier, evidence_depths, rows_before = document.earlier, evidence.depths, Rows.before
 
 
 @pytest.mark.parametrize(
-    ("name", "leak"),
+    ("module", "name", "leak"),
     [
-        ("earlier", inclusive),
-        ("earlier", of_all_time),
-        ("depths", of_any_document),
-        ("depths", of_any_row),
-        ("depths", too_deep),
+        (document, "earlier", inclusive),
+        (document, "earlier", of_all_time),
+        (evidence, "depths", of_any_document),
+        (evidence, "depths", of_any_row),
+        (evidence, "depths", too_deep),
     ],
 )
-def test_a_leak_in_counts_is_caught(monkeypatch, name, leak):
-    monkeypatch.setattr(evidence, name, leak)
+def test_a_leak_in_counts_is_caught(monkeypatch, module, name, leak):
+    monkeypatch.setattr(module, name, leak)
     assert fault(replace(ALONE, text_orders=7, document_orders=4)) is not None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Offered, listed, offered
 from sabrage.blend.columns import Columns
+from sabrage.blend.document import earlier, in_document
 from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cached, network_says
 
@@ -113,20 +114,6 @@ def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor,
     return found
 
 
-def in_document(orders: int, rows: Rows, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    """(count, hits) of contexts of 0 to `orders` - 1 tokens in the document so far, (N,) each."""
-    found, key_N, targets_N = [], rows.group_BT.flatten(), rows.targets_BT.flatten()
-    for order in range(orders):
-        deep_N = (rows.depth_BT >= order).flatten()
-        if order:
-            # What would reach beyond the document is a context like no other, not that of another place.
-            last_N = torch.where(deep_N, rows.tokens_BT.roll(order - 1, 1).flatten(), vocab_size)
-            key_N = numbered(key_N * (vocab_size + 1) + last_N)
-        count_N, hits_N = earlier(key_N), earlier(key_N * vocab_size + targets_N)
-        found.append((torch.where(deep_N, count_N, 0), torch.where(deep_N, hits_N, 0)))
-    return found
-
-
 def tamed(count_N: Tensor) -> Tensor:
     """A count as a feature of about unit size."""
     return count_N.float().log1p() / 4 - 1
@@ -142,18 +129,3 @@ def depths(tokens_BT: Tensor, documents_BT: Tensor | None) -> tuple[Tensor, Tens
     start_BT = torch.where(first_BT, time_T, 0).cummax(1).values
     row_B1 = torch.arange(rows, device=tokens_BT.device)[:, None]
     return time_T - start_BT + 1, row_B1 * length + start_BT
-
-
-def numbered(key_N: Tensor) -> Tensor:
-    """Equal keys as equal small numbers."""
-    return torch.unique(key_N, return_inverse=True)[1]
-
-
-def earlier(key_N: Tensor) -> Tensor:
-    """At each place, how often its key stands before it."""
-    sorted_N, order_N = torch.sort(key_N, stable=True)
-    place_N = torch.arange(len(key_N), device=key_N.device)
-    new_N = torch.ones_like(key_N, dtype=torch.bool)
-    new_N[1:] = sorted_N[1:] != sorted_N[:-1]
-    first_N = torch.where(new_N, place_N, 0).cummax(0).values
-    return torch.empty_like(key_N).scatter_(0, order_N, place_N - first_N)

@@ -34,7 +34,7 @@ class Grams:
             raise ValueError(f"vocab_size={vocab_size}, allowed: up to {largest_vocabulary()}")
         if not len(text_N):
             raise ValueError("a text without tokens has no counts")
-        self.vocab_size = vocab_size
+        self.vocab_size, self.size = vocab_size, len(text_N)
         number_N = text_N.long()
         for offset in range(1, FOUR):
             number_N = number_N * vocab_size + text_N.long().roll(-offset)

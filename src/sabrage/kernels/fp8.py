@@ -8,10 +8,11 @@ from torch.nn.functional import ScalingType
 
 def quantised(values: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
     """(values over their scale in `dtype`, the 0-D scale that restores them)."""
-    # In their own format and without a copy of their sizes: both are large where nothing is compiled.
+    # Without a copy of their sizes, which is large where nothing is compiled.
     largest = torch.linalg.vector_norm(values, torch.inf).float()
     scale = largest.clamp(min=1e-12) / torch.finfo(dtype).max
-    return (values * scale.reciprocal()).to(dtype), scale
+    # A 0-D factor is first rounded to the format of what it multiplies: fp16 has no room for a large one.
+    return (values.float() * scale.reciprocal()).to(dtype), scale
 
 
 def scaled_product(
