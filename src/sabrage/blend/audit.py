@@ -15,11 +15,13 @@ from sabrage.blend.candidates import Offered
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
+from sabrage.run.device import one_thread
 
 VOCABULARY, ROWS, LENGTH, TEXT = 48, 3, 40, 3000
 END_OF_TEXT = 0
 
 
+@one_thread()
 def fault(part: Blend) -> str | None:
     """What is wrong with mixtures of this part, or None; takes a fraction of a second on the CPU."""
     rows_BT, said = stage(part)

@@ -18,7 +18,7 @@ from sabrage.config import ConfigError, Part, resolve
 from sabrage.model.leaks import Subject, border_of, find_gradient_leak, find_leaks
 from sabrage.model.lm import LM, ModelSpec, build_model
 from sabrage.parts import Precision
-from sabrage.run.device import probe
+from sabrage.run.device import one_thread, probe
 
 SMALL_WIDTH, SMALL_VOCABULARY = 64, 512
 
@@ -53,6 +53,7 @@ class Legality:
         return {"passed": self.passed, "checks": [dataclasses.asdict(check) for check in self.checks]}
 
 
+@one_thread()
 def quick(
     spec: ModelSpec,
     *,
@@ -67,17 +68,11 @@ def quick(
     something of the short rows, and active `layers` lessened until one of the few is idle. The random state
     is left as it was.
     """
-    threads = torch.get_num_threads()
-    # So little work is done sooner by one thread, by far where others compute as well.
-    torch.set_num_threads(1)
-    try:
-        model = scramble(build_model(shrink(spec), seed=0))
-        length = min(border_of(spec) + 8, max_length)
-        window = None if window is None else min(window, length // 2)
-        layers = None if layers is None else max(min(layers, model.spec.layers - 1), 1)
-        return examine(model, length=length, documents=documents, window=window, layers=layers)
-    finally:
-        torch.set_num_threads(threads)
+    model = scramble(build_model(shrink(spec), seed=0))
+    length = min(border_of(spec) + 8, max_length)
+    window = None if window is None else min(window, length // 2)
+    layers = None if layers is None else max(min(layers, model.spec.layers - 1), 1)
+    return examine(model, length=length, documents=documents, window=window, layers=layers)
 
 
 def shrink(spec: ModelSpec) -> ModelSpec:

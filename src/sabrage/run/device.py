@@ -7,6 +7,8 @@ utilisation; a device that is not listed has no utilisation rather than a guesse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,3 +151,17 @@ def driver_version() -> str | None:
         # NVML without a driver: the package is there and the GPU is not.
         return None
     return version.decode() if isinstance(version, bytes) else version
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work on the CPU by one thread within the `with` block; also a decorator.
+
+    Small tensors are done sooner so, and by far where other programs compute: threads wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
