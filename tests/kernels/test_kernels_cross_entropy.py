@@ -145,7 +145,6 @@ def test_without_gradients_the_loss_is_the_same_and_none_is_made() -> None:
         given["targets_NW"],
         given["weights_W"],
         None,
-        None,
         BOUND,
         180,
         0,
@@ -210,9 +209,9 @@ def test_held_gradients_do_not_shrink_as_tokens_are_added() -> None:
         tokens = (given["h_ND"][:16].repeat(copies, 1), given["weight_VD"])
         targets_NW = given["targets_NW"][:16].repeat(copies, 1)
         held.append(
-            head._head(
-                *tokens, targets_NW, given["weights_W"], None, None, BOUND, 180, 0, 0, False, 64, True
-            )[2][:16]
+            head._head(*tokens, targets_NW, given["weights_W"], None, BOUND, 180, 0, 0, False, 64, True)[2][
+                :16
+            ]
         )
     torch.testing.assert_close(*held)
 
@@ -246,9 +245,8 @@ def test_the_registration_of_the_operation_is_sound(columns: int) -> None:
     given = arguments()
     tensors = [given["h_ND"].requires_grad_(), given["weight_VD"].requires_grad_(), given["targets_NW"]]
     sizes_V = torch.arange(1, 181).double()
-    bias_V = -sizes_V.float()
     plain = (BOUND, 180, columns, 10, False, 8, True)
-    torch.library.opcheck(head._head, (*tensors, given["weights_W"], sizes_V, bias_V, *plain))
+    torch.library.opcheck(head._head, (*tensors, given["weights_W"], sizes_V, *plain))
 
 
 @interpreted

@@ -40,7 +40,6 @@ def by_hand(
     columns,
     sample_tokens=0,
     sizes_V=None,
-    bias_V=None,
     softcap=None,
     rescale=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +51,6 @@ def by_hand(
         counts = dict(zip(ids_K.tolist(), (2.0 ** bits_K.double()).tolist(), strict=True))
         taken = {target for target in targets_MW.flatten().tolist() if target in counts}
         z_MV = head.bounded(h_MD.double() @ weight_VD.double().T, softcap, rescale)[:, :num_real]
-        z_MV = z_MV if bias_V is None else z_MV + bias_V[:num_real].double()
         normaliser_M = sum(count * z_MV[:, token].exp() for token, count in counts.items())
         for found, targets_M in zip(losses, targets_MW.unbind(1), strict=True):
             pairs = [(m, target) for m, target in enumerate(targets_M.tolist()) if target in taken]
@@ -105,30 +103,6 @@ def test_tokens_are_drawn_by_their_sizes(columns: int, poisoned: None) -> None:
     assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=9), exact)
     assert_near(outcome(head.cross_entropy_head_reference, given), exact)
     assert outcome(head.cross_entropy_head, given | {"sizes_V": None})[0] != exact[0]
-
-
-@interpreted
-@pytest.mark.parametrize("columns", [0, 90, 20], ids=["all", "many", "too few"])
-@pytest.mark.parametrize("bound", BOUNDS, ids=str)
-def test_a_bias_is_added_to_all_logits(columns: int, bound: dict, poisoned: None) -> None:
-    bias_V = torch.linspace(-15, -1, 217)
-    given = arguments() | bound | {"columns": columns, "sizes_V": sizes(), "bias_V": bias_V}
-    if columns:
-        exact = outcome(by_hand, given)
-    else:
-        h, weight = (given[name].clone().requires_grad_() for name in ("h_ND", "weight_VD"))
-        z_NV = head.bounded(h.double() @ weight.double().T, bound.get("softcap"), bound.get("rescale"))
-        z_NV = (z_NV + bias_V.double())[:, :211]
-        losses = [
-            torch.nn.functional.cross_entropy(z_NV, targets_N, ignore_index=-1)
-            for targets_N in given["targets_NW"].unbind(1)
-        ]
-        losses_W = torch.stack(losses)
-        total = (given["weights_W"].double() * losses_W).sum()
-        total.backward()
-        exact = (total.detach(), losses_W.detach(), h.grad, weight.grad)
-    assert_near(outcome(head.cross_entropy_head, given, chunk_tokens=9), exact)
-    assert_near(outcome(head.cross_entropy_head_reference, given), exact)
 
 
 def test_a_column_counts_as_often_as_its_size_goes_into_the_priority_that_was_passed_over() -> None:

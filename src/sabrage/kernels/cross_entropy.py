@@ -49,18 +49,10 @@ def cross_entropy_head_reference(
     columns: int = 0,
     sample_tokens: int = 0,
     sizes_V: Tensor | None = None,
-    bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification: all logits of the columns at once, softmax in fp32 or wider."""
     num_real = num_real or weight_VD.shape[0]
-    drawn = samples(
-        targets_NW,
-        num_real=num_real,
-        num_columns=columns,
-        tokens=sample_tokens,
-        sizes_V=sizes_V,
-        bias_V=bias_V,
-    )
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, sizes_V=sizes_V)
     sums = []
     for sample in drawn:
         weight_KD, real = (
@@ -92,7 +84,6 @@ def cross_entropy_head(
     columns: int = 0,
     sample_tokens: int = 0,
     sizes_V: Tensor | None = None,
-    bias_V: Tensor | None = None,
     fp8: bool = False,
     chunk_tokens: int = 8192,
 ) -> tuple[Tensor, Tensor]:
@@ -106,9 +97,8 @@ def cross_entropy_head(
     a multiple of 16. With `columns` below `num_real` (0: all) the softmax runs over that many tokens, the
     targets and a sample of the others (`choose_columns`): the loss is an estimate, and each row's depends on
     the targets of all rows, or of the `sample_tokens` rows that draw with it (0: all). Others are drawn by
-    their `sizes_V` (fp64, by default equal). `bias_V` (nats, no gradient) is added to all logits, after what
-    bounds them. No more logits are held than `chunk_tokens` tokens have of the whole vocabulary. Raises
-    KernelError for what it cannot take.
+    their `sizes_V` (fp64, by default equal). No more logits are held at once than `chunk_tokens` tokens have
+    of the whole vocabulary. Raises KernelError for what it cannot take.
     """
     num_real = weight_VD.shape[0] if num_real is None else num_real
     _check(h_ND, weight_VD, targets_NW, num_real, columns, sample_tokens, fp8, chunk_tokens)
@@ -128,7 +118,6 @@ def cross_entropy_head(
         targets_NW,
         weights_W.detach().float(),
         sizes_V,
-        None if bias_V is None else bias_V.detach(),
         list(bound),
         num_real,
         columns,
@@ -173,7 +162,6 @@ def _head(
     targets_NW: Tensor,
     weights_W: Tensor,
     sizes_V: Tensor | None,
-    bias_V: Tensor | None,
     bound: list[float],
     num_real: int,
     columns: int,
@@ -185,14 +173,7 @@ def _head(
     """(total, losses_W, gradient of h, gradient of W), both times `_held(N)`, empty unless it `learns`."""
     require(h_ND.device)
     num_tokens, dim = h_ND.shape
-    drawn = samples(
-        targets_NW,
-        num_real=num_real,
-        num_columns=columns,
-        tokens=sample_tokens,
-        sizes_V=sizes_V,
-        bias_V=bias_V,
-    )
+    drawn = samples(targets_NW, num_real=num_real, num_columns=columns, tokens=sample_tokens, sizes_V=sizes_V)
     counts_W = target_counts(drawn)
     coefficients_W = weights_W * _held(num_tokens) / counts_W
     nll_NW = torch.empty(targets_NW.shape, device=h_ND.device, dtype=torch.float32)
@@ -326,7 +307,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale = grad / ctx.held
     pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     grad_h_ND, grad_VD = ((held.float() * scale).to(dtype) for held, dtype in pairs)
-    return grad_h_ND, grad_VD, *[None] * 11
+    return grad_h_ND, grad_VD, *[None] * 10
 
 
 _head.register_autograd(_backward, setup_context=_save)

@@ -163,8 +163,6 @@ def rows(
     real_W = (targets_W >= 0) & (targets_W < num_real)
     raw_W = tl.load(base + targets_W, mask=real_W, other=float("nan"))
     z_W, steep_W = _scored(raw_W, bound, BOUNDED, False)
-    if SAMPLED:
-        z_W += tl.load(sample + targets_W, mask=real_W, other=0.0).to(tl.float32)
     nll_W = tl.where(targets_W < 0, 0.0, (lse - z_W) * (1 / bits))
     tl.store(nll + row * SETS + sets, nll_W, mask=sets < SETS)
     if LEARNS:

@@ -19,7 +19,6 @@ target that nobody else has in a stretch of text, weighed with the probability t
 might have been there. By that measure sizes that are roots of frequencies vary by half as much as equal ones.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +38,8 @@ FLOOR = 2.0**-22
 class Sample:
     """Tokens that share their columns: `part` of all, M, with `targets_MW` as columns, and the columns' ids.
 
-    `bits_K` is what is added to the columns' logits, in bits, if anything is. Without a sample `ids_K` is
-    None and the targets are those given.
+    `bits_K` is what is added to the columns' logits, in bits. Without a sample it and `ids_K` are None and
+    the targets are those given.
     """
 
     part: slice
@@ -56,18 +55,16 @@ def samples(
     num_columns: int,
     tokens: int = 0,
     sizes_V: Tensor | None = None,
-    bias_V: Tensor | None = None,
 ) -> list[Sample]:
     """The tokens in stretches of `tokens` (0: all of them) with columns drawn for each by `choose_columns`.
 
     Fewer tokens have fewer targets, which leaves more columns to the sample, and several samples even out
     what each of them misses. Without columns, or with as many as there are tokens to predict, it is one, of
-    all of them. `bias_V`, in nats, is added to the logits of all tokens.
+    all of them.
     """
     count = len(targets_NW)
-    bias = None if bias_V is None else bias_V[:num_real].float() / math.log(2)
     if not 0 < num_columns < num_real:
-        return [Sample(slice(0, count), targets_NW, None, bias)]
+        return [Sample(slice(0, count), targets_NW)]
     stretch = tokens or max(count, 1)
     whole = count // stretch * stretch
     # The stretches of full length at once: what takes the time here is the number of small kernels.
@@ -80,7 +77,6 @@ def samples(
             *draws(targets_SMW, num_real=num_real, num_columns=num_columns, sizes_V=sizes_V), strict=True
         ):
             ids_K, columns_MW, bits_K = chosen
-            bits_K = bits_K if bias is None else bits_K + bias[ids_K]
             start = drawn[-1].part.stop if drawn else 0
             drawn.append(Sample(slice(start, start + len(columns_MW)), columns_MW, ids_K, bits_K))
     return drawn
@@ -129,20 +125,12 @@ def draws(
 
 
 def sizes_of(counts_V: Tensor) -> Tensor:
-    """The root of how often each token has been a target, fp64; none is taken to be impossible."""
-    return smoothed(counts_V).sqrt()
+    """The root of how often each token has been a target, fp64.
 
-
-def frequency_bias(counts_V: Tensor) -> Tensor:
-    """The logarithm of each token's share of all targets so far, fp32, in nats; equal ones at first."""
-    smoothed_V = smoothed(counts_V)
-    return (smoothed_V / smoothed_V.sum()).log().float()
-
-
-def smoothed(counts_V: Tensor) -> Tensor:
-    """The counts, fp64, as though every token had been there once, and a few millionths of the time."""
+    As though each had been one once, and in a few millionths of the time.
+    """
     counts_V = counts_V.double()
-    return counts_V + 1 + FLOOR * counts_V.sum()
+    return (counts_V + 1 + FLOOR * counts_V.sum()).sqrt()
 
 
 def _keys(targets_SNW: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
 from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
-from sabrage.kernels.sampled_columns import frequency_bias, sizes_of
+from sabrage.kernels.sampled_columns import sizes_of
 from sabrage.model.ends import Projection, TableHead
 from sabrage.run.device import DeviceFacts
 
@@ -29,17 +29,12 @@ class FusedHead(TableHead):
     it is the plain head. Each stretch of `sample_tokens` tokens (0: the micro-batch) draws columns of its
     own: it has fewer targets, so that more of the columns are a sample, and the samples of a step differ.
     The `proposal` is uniform, or in proportion to the roots of the "counts" of all targets so far.
-
-    `frequency_bias` adds the logarithm of each token's share of all targets so far to its logit, after what
-    bounds it, in training and thereafter: a table that starts at zero then says frequencies at once, and what
-    it learns is by how much a context departs from them.
     """
 
     fp8: bool = False
     columns: int = 0
     sample_tokens: int = 0
     proposal: Literal["uniform", "counts"] = "uniform"
-    frequency_bias: bool = False
     backend: KernelBackend = "auto"
 
     def problems(self) -> list[str]:
@@ -82,9 +77,9 @@ class FusedProjection(Projection):
         self.sample_tokens = part.sample_tokens
         # How often each token has been a target; in the checkpoint, since a run that resumes goes on with it.
         # On a device of its own choice: a tied head is built where nothing is real.
-        self.draws, self.frequency_bias = part.proposal == "counts", part.frequency_bias
-        counted = self.draws or self.frequency_bias
-        counts_V = torch.zeros(vocab_size, dtype=torch.int64, device="cpu") if counted else None
+        counts_V = (
+            torch.zeros(vocab_size, dtype=torch.int64, device="cpu") if part.proposal == "counts" else None
+        )
         self.register_buffer("counts_V", counts_V)
 
     def loss(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
@@ -96,9 +91,7 @@ class FusedProjection(Projection):
         """(weighted total, mean loss of each of the W target sets), for objectives with several targets."""
         h_ND, targets_NW = h_BTD.flatten(0, -2), targets_BTW.flatten(0, -2)
         columns = self.columns if self.training else 0
-        if self.training and self.counts_V is not None:
-            self.count(targets_NW, self.counts_V)
-        sizes_V = sizes_of(self.counts_V) if columns and self.draws and self.counts_V is not None else None
+        sizes_V = self.sizes(targets_NW) if columns and self.counts_V is not None else None
         compute = cross_entropy_head_reference
         if self.fused:
             compute = partial(cross_entropy_head, fp8=self.fp8 and self.training)
@@ -112,23 +105,13 @@ class FusedProjection(Projection):
             columns=columns,
             sample_tokens=self.sample_tokens,
             sizes_V=sizes_V,
-            bias_V=self.logit_bias(),
         )
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        """Logits over the vocabulary, (..., V); with a bias in fp32."""
-        logits_BTV, bias_V = super().forward(h_BTD), self.logit_bias()
-        return logits_BTV if bias_V is None else logits_BTV.float() + bias_V
-
     @torch.no_grad()
-    def logit_bias(self) -> Tensor | None:
-        """What is added to all logits, (V,) in nats."""
-        return frequency_bias(self.counts_V) if self.frequency_bias and self.counts_V is not None else None
-
-    @staticmethod
-    @torch.no_grad()
-    def count(targets_NW: Tensor, counts_V: Tensor) -> None:
-        """Adds the targets to the counts, in place; what is no token counts nowhere."""
+    def sizes(self, targets_NW: Tensor) -> Tensor:
+        """(V,) fp64: what tokens are drawn by, these targets counted as well."""
+        assert self.counts_V is not None
         targets_M = targets_NW.flatten()
-        is_token_M = (targets_M >= 0) & (targets_M < len(counts_V))
-        counts_V.index_add_(0, torch.where(is_token_M, targets_M, 0), is_token_M.long())
+        is_token_M = (targets_M >= 0) & (targets_M < len(self.counts_V))
+        self.counts_V.index_add_(0, torch.where(is_token_M, targets_M, 0), is_token_M.long())
+        return sizes_of(self.counts_V)

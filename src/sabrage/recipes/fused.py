@@ -27,11 +27,6 @@ fused = (
         "sampled-head on all targets of 16,384 tokens, and others drawn by their counts so far",
         head=FusedHead(columns=16_384, sample_tokens=16_384, proposal="counts"),
     ),
-    variant(
-        "frequency-bias",
-        "fused-head, untied and from zero, with the logarithm of each token's frequency added to its logit",
-        head=FusedHead(tied=False, zero_init=True, frequency_bias=True),
-    ),
     variant("fused-mlp", "base with linear + ReLU^2 fused", feedforwards=MLP),
     variant(
         "fp8-gradients",
