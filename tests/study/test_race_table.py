@@ -44,7 +44,7 @@ def time_baseline(races, seed, *, milliseconds, device=None):
 def test_each_run_is_a_row_with_its_clocks_and_its_cost_in_baseline_steps(races):
     time_baseline(races, 0, milliseconds=100.0)
     made = race_table(races, name="race")
-    first, second = made["rows"]
+    first, second, mean = made["rows"]
     ended = json.loads((races / "demo--seed-0" / "result.json").read_text())
     assert (first["recipe"], first["seed"], second["seed"]) == ("demo", 0, 1)
     for key in ("steps", "tokens", "train_seconds", "nocap_seconds", "wall_seconds", "warmup_seconds"):
@@ -52,6 +52,7 @@ def test_each_run_is_a_row_with_its_clocks_and_its_cost_in_baseline_steps(races)
     assert first["loss"] == ended["validation_loss"]
     assert first["base_steps"] == pytest.approx(ended["train_seconds"] / 0.1)
     assert second["base_steps"] is None
+    assert "base_steps" not in mean
     assert made["seeds"] == [0, 1]
 
 
@@ -99,6 +100,27 @@ def test_a_recipe_is_summed_up_over_its_seeds():
     ]
 
 
+def test_several_seeds_have_a_mean_and_say_how_sure_it_is_that_it_meets_the_target(races, tiny):
+    for seed in (0, 1):
+        time_baseline(races, seed, milliseconds=100.0)
+    first, second, _ = race_table(races, name="race")["rows"]
+    middle, half = (first["loss"] + second["loss"]) / 2, abs(first["loss"] - second["loss"]) / 2
+    assert half > 0
+    made = race_table(races, name="race", target=middle + half)
+    mean = made["rows"][-1]
+    assert mean["recipe"] == "demo, mean of 2"
+    assert (mean["steps"], mean["tokens"]) == (first["steps"], first["tokens"])
+    assert mean["loss"] == pytest.approx(middle)
+    assert mean["sd"] == pytest.approx(half * 2**0.5)
+    assert mean["base_steps"] == pytest.approx((first["base_steps"] + second["base_steps"]) / 2)
+    # Student's t of one degree of freedom at 1 is a quarter of a turn.
+    assert mean["p"] == pytest.approx(0.25)
+    assert f"p of loss <= {middle + half}" in table(made)
+    assert "p of loss" not in table(race_table(races, name="race"))
+    (races / "demo--seed-1" / "result.json").unlink()
+    assert [row["recipe"] for row in race_table(races, name="race", target=1.0)["rows"]] == ["demo"]
+
+
 def test_the_command_writes_a_result_that_becomes_a_table_and_a_chart(races, tmp_path, capsys):
     for seed in (0, 1):
         time_baseline(races, seed, milliseconds=100.0)
@@ -106,7 +128,7 @@ def test_the_command_writes_a_result_that_becomes_a_table_and_a_chart(races, tmp
     out = tmp_path / "results" / "race.json"
     main([str(races), "--out", str(out), "--peer", str(tmp_path / "peer.json"), "--commit", "abc"])
     said = capsys.readouterr().out
-    assert said.count("recipe=demo") == 2
+    assert said.count("recipe=demo") == 3
     assert "- demo: mean loss" in said
     result = read_result(out)
     assert "| demo | 0 | 12 | 1,536 |" in table(result)

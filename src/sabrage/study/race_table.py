@@ -1,22 +1,24 @@
 """The runs of a race as one result file: what each reached, what it cost, and its whole curve.
 
-    python -m sabrage.study.race_table RUNS --out FILE [--peer FILE ...]
+    python -m sabrage.study.race_table RUNS --out FILE [--target LOSS] [--peer FILE ...]
 
 RUNS is a folder of runs that went to their end. A run's cost is its training seconds over the seconds of one
 step of the baseline on the same card: RUN.nocap.json beside the run's folder is what `sabrage bench step
 nocap` wrote there. A peer is a result file whose rows have tokens, train_seconds and loss: somebody else's
-curve, drawn beside ours. Runs that did not end are told and left out.
+curve, drawn beside ours. Runs that did not end are told and left out. Of several seeds of a recipe the mean
+is a line of its own, with p of the claim that it lies below the target (one-sided t-test).
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from sabrage.run.folder import Run, read_run, write_json
 from sabrage.study.plan import StudyError
+from sabrage.study.statistics import against_target
 from sabrage.study.summary import CLOCKS, cautions, curve, facts, final_loss, result
 
 ENDINGS = ("done", "target")
@@ -27,6 +29,8 @@ COLUMNS = (
     ("steps", "steps", ","),
     ("tokens", "tokens", ",d"),
     ("loss", "validation loss", ".4f"),
+    ("sd", "sd over seeds", ".4f"),
+    ("p", "p of loss <= {target}", ".4f"),
     ("network_loss", "of the network alone", ".4f"),
     ("train_seconds", "train s", ".1f"),
     ("nocap_seconds", "nocap s", ".1f"),
@@ -36,6 +40,9 @@ COLUMNS = (
     ("base_step_seconds", "s of a baseline step", ".4f"),
     ("base_steps", "cost in baseline steps", ",.1f"),
 )
+# What seeds of a recipe share, and what is averaged over them: not walls, with and without compiling.
+ALIKE = ("steps", "tokens")
+AVERAGED = ("loss", "network_loss", "train_seconds", "peak_gib", "base_step_seconds", "base_steps")
 
 
 def ended_runs(folder: Path) -> tuple[list[Run], list[str]]:
@@ -88,6 +95,24 @@ def row(run: Run) -> dict[str, Any]:
     }
 
 
+def means(rows: Sequence[dict[str, Any]], target: float | None) -> list[dict[str, Any]]:
+    """A line for each recipe of several seeds: what they reached and took on average, and how sure it is."""
+    found = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == recipe]
+        if len(own) < 2:
+            continue
+        columns = {key: [row[key] for row in own] for key in (*ALIKE, *AVERAGED)}
+        mean: dict[str, Any] = {"recipe": f"{recipe}, mean of {len(own)}"}
+        mean |= {key: columns[key][0] for key in ALIKE if len(set(columns[key])) == 1}
+        mean |= {key: fmean(columns[key]) for key in AVERAGED if None not in columns[key]}
+        mean["sd"] = stdev(columns["loss"])
+        if target is not None:
+            mean["p"] = against_target(columns["loss"], target).p_below
+        found.append(mean)
+    return found
+
+
 def points(run: Run) -> list[list[float]]:
     """(tokens, train seconds, loss) of every validation."""
     found = curve(run)
@@ -132,10 +157,15 @@ def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
     return said
 
 
-def race_table(folder: Path, *, name: str, peers: Sequence[Path] = ()) -> dict[str, Any]:
+def race_table(
+    folder: Path, *, name: str, target: float | None = None, peers: Sequence[Path] = ()
+) -> dict[str, Any]:
     """The result of all runs in the folder. Raises StudyError or RunError."""
     runs, left_out = ended_runs(folder)
     rows = [row(run) for run in runs]
+    averages = means(rows, target)
+    shown = [column for column in COLUMNS if averages or column[0] != "sd"]
+    shown = [column for column in shown if (averages and target is not None) or column[0] != "p"]
     curves = {f"{named(run)}, seed {run.manifest['seed']}": points(run) for run in runs}
     curves |= dict(map(read_peer, peers))
     told = {line: [dict(zip(POINT, each, strict=True)) for each in found] for line, found in curves.items()}
@@ -145,8 +175,10 @@ def race_table(folder: Path, *, name: str, peers: Sequence[Path] = ()) -> dict[s
         "recipe": None,
         "seeds": sorted({each["seed"] for each in rows}),
         "clocks": None,
-        "columns": [{"key": key, "title": title, "format": form} for key, title, form in COLUMNS],
-        "rows": rows,
+        "columns": [
+            {"key": key, "title": title.format(target=target), "format": form} for key, title, form in shown
+        ],
+        "rows": [*rows, *averages],
         "curves": told,
         "charts": charts(curves),
         "sentences": sentences(rows),
@@ -162,10 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
     parser.add_argument("--commit", help="commit of the code, where this copy is no git checkout")
+    parser.add_argument("--target", type=float, help="a loss that the mean of the seeds is held against")
     parser.add_argument("--peer", type=Path, action="append", default=[], help="a result file with a curve")
     given = parser.parse_args(arguments)
     try:
-        made = race_table(given.runs, name=given.out.stem, peers=given.peer)
+        made = race_table(given.runs, name=given.out.stem, target=given.target, peers=given.peer)
     except ValueError as error:
         parser.error(str(error))
     made["commit"] = given.commit or made["commit"]
