@@ -6,6 +6,7 @@ import pytest
 import torch
 from contracts import LENGTH, shrink
 
+from sabrage.feedforward.fused_mlp import FusedMlp
 from sabrage.model.counts import memory_estimate
 from sabrage.model.lm import LM
 from sabrage.optim.adamw import AdamW
@@ -78,8 +79,13 @@ def test_what_a_24_gb_card_trains_fits_it_and_needs_no_fp8():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_copy_learns_from_packed_documents(name, run_recipe):
     recipe = shrink(find(name))
-    # No CPU has an FP8 head.
-    recipe = replace(recipe, model=replace(recipe.model, head=replace(recipe.model.head, fp8=False)))
+    # No CPU has FP8 products.
+    head = replace(recipe.model.head, fp8=False)
+    plain = [
+        replace(part, fp8_gradients=False) if isinstance(part, FusedMlp) else part
+        for part in recipe.model.feedforwards
+    ]
+    recipe = replace(recipe, model=replace(recipe.model, head=head, feedforwards=tuple(plain)))
     data = replace(recipe.data, order="documents", block_tokens=4 * LENGTH)
     plan = replace(recipe.plan, steps=30, lr=replace(recipe.plan.lr, warmup=2, warmdown=15))
     _, run = run_recipe(replace(recipe, data=data, plan=plan))
