@@ -10,7 +10,7 @@
 #   min        `fast-min` likewise (2 a seed)
 #   base       `base` likewise (2 a seed)
 #   breakdown  where a step's time goes in nocap, base and fast (6)
-#   ablate     each trick of `fast` left out alone, in STEPS steps, two seeds, a card each (1.5 a trick)
+#   ablate     each trick of `fast` left out alone, in STEPS steps, one seed (1.5 a trick and card)
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
 #   try        six changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
@@ -102,7 +102,12 @@ screen() {  # all changes of `fast` at once, eight runs over the cards
 }
 
 ablate() {  # `fast` without each of its tricks
-  study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 2
+  local part words=()
+  # What these differ by is left out piece by piece.
+  for part in data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend; do
+    words+=(--keep "$part")
+  done
+  study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 1 "${words[@]}"
 }
 
 try() {  # each change alone, as many runs at a time as there are cards

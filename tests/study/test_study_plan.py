@@ -149,6 +149,17 @@ def test_an_ablation_of_one_part_is_a_comparison():
         ablation("base-adamw", "base")
 
 
+def test_an_ablation_leaves_alone_what_is_to_be_kept():
+    names = [variant.name for variant in ablation("base", "nocap", keep=("plan", "optim"))[0]]
+    parts = ["model.mixers.0", "model.feedforwards.0", "plan.lr"]
+    assert names == ["base", *(f"{what} {part}" for what in ("without", "only") for part in parts), "nocap"]
+    tricks = [variant.name for variant in ablation(GROWN, "base", alone=True, keep=("Muon.normuon",))[0]]
+    assert "without BigramHash" in tricks
+    assert "without Muon.normuon" not in tricks
+    with pytest.raises(StudyError, match=r"got paln to keep, allowed: .*plan\.lr"):
+        ablation("base", "nocap", keep=("paln",))
+
+
 GROWN = (
     "base+model.embedding=BigramHash+model.embedding.inner.normalise=true+model.wiring=Skipping"
     '+model.wiring.skips=[{"part": "SkipScales"}, {"part": "LayerSkips"}]+model.mixers.0.window_share=0.5'

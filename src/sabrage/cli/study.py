@@ -137,6 +137,7 @@ class Ablate(Paired):
     Try:
       sabrage study ablate base --base nocap --seeds 3
       sabrage study ablate base --base nocap --alone --seeds 2 --steps 120
+      sabrage study ablate base --base nocap --keep plan --keep plan.lr
     """
 
     recipe: tyro.conf.Positional[str]
@@ -145,11 +146,13 @@ class Ablate(Paired):
     """The recipe that it grew from."""
     alone: bool = False
     """Only leave out, and also each trick within a part: a flag, a part around another, one of many skips."""
+    keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A part or trick, as the study names it, that is left alone; as often as needed."""
 
     def plan(self) -> tuple["StudyPlan", dict[str, str]]:
         from sabrage.study.plan import StudyPlan, ablation, fitted
 
-        variants, skipped = ablation(self.recipe, self.base, self.set, alone=self.alone)
+        variants, skipped = ablation(self.recipe, self.base, self.set, alone=self.alone, keep=self.keep)
         lengths = self.lengths()
         if self.steps:
             whole = fitted(variants[0].make(), steps=self.steps)

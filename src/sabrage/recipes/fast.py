@@ -26,8 +26,8 @@ Read `fast` from its model down. Why it is fast:
 What each part bought is told in LOG.md and docs/results.md.
 
 FineWeb, an estimate and no result: on the stand-in track this recipe ends one pass of 143M tokens at 3.4954
-with its blend (four seeds), as good as the target of 3.50 there. A peer needs 1.6 times as many tokens for 3.3821 on
-FineWeb as for 3.50 here (210M and 130M). That makes 230M tokens, three of the fifty shards,
+with its blend (four seeds), as good as the target of 3.50 there. A peer needs 1.6 times as many tokens for
+3.3821 on FineWeb as for 3.50 here (210M and 130M). That makes 230M tokens, three of the fifty shards,
 
     sabrage train fast --set plan.steps=2340 --set plan.lr.warmdown=1404 \
       --set plan.tokens_per_step.starts=[0,1170] --set data.path=data/fineweb

@@ -116,13 +116,19 @@ def sweep(recipe: str, over: Sequence[str], common: Sequence[str] = ()) -> tuple
 
 
 def ablation(
-    recipe: str, base: str, common: Sequence[str] = (), *, alone: bool = False
+    recipe: str,
+    base: str,
+    common: Sequence[str] = (),
+    *,
+    alone: bool = False,
+    keep: Sequence[str] = (),
 ) -> tuple[tuple[Variant, ...], dict[str, str]]:
-    """Leave-one-out and add-one-in over the parts by which `recipe` differs from `base`.
+    """Leave-one-out and add-one-in over the parts by which `recipe` differs from `base`, but for `keep`.
 
     With `alone` nothing is added in, and each of `tricks` is left out as well. Returns the variants (the
     recipe itself, "without X" ..., "only X" ..., the base) and, by name, why a variant is left out. Every
     variant trains on the recipe's tokens with its budget, and loses optimizer groups that match nothing.
+    Raises StudyError for a part to keep that is none of those.
     """
     full, bare = parse_variant(recipe, common), parse_variant(base, common)
     whole, least = full.make(), bare.make()
@@ -135,9 +141,13 @@ def ablation(
             f"{recipe!r} differs from {base!r} in {len(back)} parts and an ablation needs two or more; try: "
             f"sabrage study compare {base} {recipe}"
         )
+    unknown = set(keep) - set(back | inner)
+    if unknown:
+        raise StudyError(f"got {', '.join(sorted(unknown))} to keep, allowed: {', '.join(back | inner)}")
     candidates = [(f"without {part}", full, whole, group) for part, group in (back | inner).items()]
     if not alone:
         candidates += [(f"only {part}", bare, least, group) for part, group in forth.items()]
+    candidates = [each for each in candidates if each[0].partition(" ")[2] not in keep]
     tokens = whole.plan.tokens()
     made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
     variants, skipped = [full], {}
