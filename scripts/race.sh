@@ -46,9 +46,9 @@ changes=(
   plan.momentum.last=0.93
   optim.0.optimizer.lr=0.01
 )
-# Why these: LOG.md, 3.50 within 220 steps. All but the first two have graphs of their own.
+# Why these: LOG.md, 3.50 within 220 steps. All but the second have graphs of their own.
 tries=(
-  blend.hidden=128+blend.candidates.hidden=128
+  model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256+model.mixers.3.window=256
   optim.4.optimizer.lr=0.004
   model.head.columns=16384
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'

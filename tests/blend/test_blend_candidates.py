@@ -303,7 +303,9 @@ def test_candidates_that_are_given_too_much_are_caught(monkeypatch):
     assert "sum to" in fault(replace(ONE, candidates=FEW))
 
 
-@pytest.mark.parametrize("changes", [{"followers": -1}, {"nearest": -1}, {"likeliest": 0}, {"hidden": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"followers": -1}, {"nearest": -1}, {"likeliest": 0}, {"hidden": 0}, {"layers": 0}]
+)
 def test_what_cannot_be_is_told(changes):
     [problem] = replace(FEW, **changes).problems()
     assert next(iter(changes)) in problem

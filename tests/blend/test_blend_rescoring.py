@@ -42,12 +42,12 @@ def by_hand(module, log_NV, tokens_NC, features_NCX, features_NF):
     return (log_NV + a_NV).log_softmax(1)
 
 
-@pytest.fixture
-def module():
-    """A module that says something."""
+@pytest.fixture(params=[1, 3])
+def module(request):
+    """A module that says something, of one layer or three."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        made = Rescoring(FEATURES, EACH, 8)
+        made = Rescoring(FEATURES, EACH, 8, request.param)
         torch.nn.init.normal_(made.outer.weight, std=2)
         torch.nn.init.normal_(made.outer.bias)
     return made
@@ -123,10 +123,11 @@ def telling():
 SETTINGS = {"hidden": 8, "steps": 150, "batch": 512, "lr": 0.02, "seed": 1}
 
 
-def test_fitting_finds_what_tells_and_repeats_itself(telling):
-    gate = fit(telling, **SETTINGS, rescoring_hidden=8)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_fitting_finds_what_tells_and_repeats_itself(telling, layers):
+    gate = fit(telling, **SETTINGS, rescoring_hidden=8, rescoring_layers=layers)
     assert -gate(telling).mean() < -telling.network_N.mean() - 0.4
-    again = fit(telling, **SETTINGS, rescoring_hidden=8)
+    again = fit(telling, **SETTINGS, rescoring_hidden=8, rescoring_layers=layers)
     assert torch.equal(again.rescoring.each.weight, gate.rescoring.each.weight)
 
 

@@ -114,7 +114,7 @@ def blended(tiny_options, tmp_path, monkeypatch, one_thread, capsys):
 
 def test_a_run_with_a_blend_is_scored_with_it_and_without(blended, tmp_path, capsys):
     assert main(["eval", "run", "--device", "cpu"]) == 0
-    alone, mixed = (float(found) for found in re.findall(r"(\d\.\d{5}) nats", capsys.readouterr().out))
+    alone, mixed = said(capsys.readouterr().out)
     assert alone == pytest.approx(blended["network_loss"], abs=2e-5)
     assert mixed == pytest.approx(blended["validation_loss"], abs=2e-5)
     (tmp_path / "run" / "blend.safetensors").unlink()
@@ -122,6 +122,43 @@ def test_a_run_with_a_blend_is_scored_with_it_and_without(blended, tmp_path, cap
     told = capsys.readouterr().out
     assert "the network alone" in told
     assert f"{alone:.5f}" in told
+
+
+def said(text):
+    """(loss of the network alone, loss of the mixture) that `eval` has told."""
+    return tuple(float(found) for found in re.findall(r"(\d\.\d{5}) nats", text))
+
+
+def test_a_blend_is_fitted_anew_to_what_the_run_has_learned(blended, tmp_path, capsys):
+    kept = (tmp_path / "run" / "blend.safetensors").read_bytes()
+    again = ["eval", "run", "--device", "cpu", "--refit"]
+    assert main(again) == 0
+    told = capsys.readouterr().out
+    assert said(told) == pytest.approx((blended["network_loss"], blended["validation_loss"]), abs=2e-5)
+    assert re.search(r"^counting [\d.]+ s, looking [\d.]+ s, fitting [\d.]+ s$", told, re.MULTILINE)
+    assert main([*again, "--set", "blend.text_orders=1", "--set", "blend.candidates=Candidates"]) == 0
+    alone, mixed = said(capsys.readouterr().out)
+    assert alone == pytest.approx(blended["network_loss"], abs=2e-5)
+    assert abs(mixed - blended["validation_loss"]) > 1e-3
+    assert (tmp_path / "run" / "blend.safetensors").read_bytes() == kept
+
+
+def test_what_cannot_be_fitted_anew_is_told(score, tmp_path, capsys, monkeypatch):
+    score()
+    assert main(["eval", "run", "--device", "cpu", "--refit"]) == 1
+    assert "--set blend=Blend" in capsys.readouterr().err
+    few = '{"part": "Blend", "held_out": 1500, "steps": 9, "batch": 64}'
+    assert main(["eval", "run", "--device", "cpu", "--refit", "--set", f"blend={few}"]) == 0
+    alone, mixed = said(capsys.readouterr().out)
+    assert mixed < alone
+    assert (
+        main(["eval", "run", "--device", "cpu", "--refit", "--set", f"blend={few.replace('1500', '99999')}"])
+        == 1
+    )
+    assert "fewer plan.steps" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("text")
+    assert main(["eval", "run", "--refit", "--text", str(tmp_path / "a.txt")]) == 1
+    assert "--refit is for a blend" in capsys.readouterr().err
 
 
 def test_a_damaged_blend_names_the_remedy(blended, tmp_path, capsys):

@@ -8,7 +8,15 @@ import torch
 from safetensors import SafetensorError
 
 from sabrage.run import checkpoint
-from sabrage.run.checkpoint import DESCRIPTION, TENSORS, CheckpointError, load_newest, newest_step, save
+from sabrage.run.checkpoint import (
+    DESCRIPTION,
+    TENSORS,
+    CheckpointError,
+    load_newest,
+    newest,
+    newest_step,
+    save,
+)
 
 
 def tensors(seed=0):
@@ -86,6 +94,7 @@ def test_the_newest_are_kept(tmp_path):
         "step-00000012",
     ]
     assert newest_step(tmp_path) == 12
+    assert newest(tmp_path) == (12, load_newest(tmp_path, warn=print).meta)
 
 
 def test_one_can_be_kept(two):

@@ -163,7 +163,9 @@ def test_a_blend_with_other_candidates_is_refused(tmp_path, blending, parts, sav
         blended.load(tmp_path, recipes[1], evaluator, corpus, step=12)
 
 
-@pytest.mark.parametrize("more", [{}, {"candidates": CANDIDATES}])
+@pytest.mark.parametrize(
+    "more", [{}, {"candidates": CANDIDATES}, {"candidates": replace(CANDIDATES, layers=2)}]
+)
 def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts, more):
     corpus, evaluator = parts
     blending = replace(blending, blend=replace(SMALL, **more))

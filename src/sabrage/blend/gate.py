@@ -25,11 +25,15 @@ HEAD_START = 3.0
 class Gate(nn.Module):
     """forward(evidence) -> log-probabilities (N,), in nats.
 
-    `rescoring` is (features, hidden units) of what looks at candidates, None without them.
+    `rescoring` is (features, hidden units, layers of them) of what looks at candidates, None without them.
     """
 
     def __init__(
-        self, num_features: int, num_experts: int, hidden: int, rescoring: tuple[int, int] | None = None
+        self,
+        num_features: int,
+        num_experts: int,
+        hidden: int,
+        rescoring: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         self.inner = nn.Linear(num_features, hidden)
@@ -41,11 +45,11 @@ class Gate(nn.Module):
         self.rescoring = Rescoring(num_features, *rescoring) if rescoring else None
 
     @classmethod
-    def of(cls, evidence: Evidence, *, hidden: int, rescoring_hidden: int) -> Self:
+    def of(cls, evidence: Evidence, *, hidden: int, rescoring_hidden: int, rescoring_layers: int = 1) -> Self:
         """A gate before it is fitted, of the shape that the evidence asks for."""
         rescoring = None
         if evidence.candidates is not None:
-            rescoring = evidence.candidates.features_NCX.shape[2], rescoring_hidden
+            rescoring = evidence.candidates.features_NCX.shape[2], rescoring_hidden, rescoring_layers
         return cls(evidence.features_NF.shape[1], evidence.log_NE.shape[1], hidden, rescoring)
 
     def shares(self, evidence: Evidence) -> Tensor:
@@ -71,12 +75,14 @@ def fit(
     lr: float,
     seed: int,
     rescoring_hidden: int = 0,
+    rescoring_layers: int = 1,
 ) -> Gate:
     """A gate for which the evidence's tokens are likely: AdamW on random batches, its rate falling to 0."""
     device = evidence.network_N.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gate = Gate.of(evidence, hidden=hidden, rescoring_hidden=rescoring_hidden).to(device)
+        rescoring = {"rescoring_hidden": rescoring_hidden, "rescoring_layers": rescoring_layers}
+        gate = Gate.of(evidence, hidden=hidden, **rescoring).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))

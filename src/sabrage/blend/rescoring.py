@@ -2,7 +2,7 @@
 
     p'(v) = p(v) exp(a_v) / Z  for candidates,    p(v) / Z  for all other tokens
     Z = 1 - sum_C p(v) + sum_C p(v) exp(a_v)
-    a_v = U gelu(W features of the place + W' features of v + b) + c
+    a_v = U gelu(W features of the place + W' features of v + b) + c    (with more layers in between, if any)
 
 Interpolation of language models in the log domain (Klakow 1998, "Log-linear interpolation of language
 models", ICSLP), with weights by context and token. What is known of a candidate depends on the context alone,
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sabrage.blend.candidates import Offered
 
-# Hidden units of this many places are held at once: 0.3 GB of 64 for each of 64 candidates, three times over.
+# Hidden units of this many places are held at once: 0.3 GB of 64 for each of 64 candidates, three times over
+# for every layer.
 PLACES_AT_ONCE = 16_384
 
 
@@ -28,10 +29,11 @@ class Rescoring(nn.Module):
     `network_N` is their log p.
     """
 
-    def __init__(self, num_features: int, num_each: int, hidden: int) -> None:
+    def __init__(self, num_features: int, num_each: int, hidden: int, layers: int = 1) -> None:
         super().__init__()
         self.place = nn.Linear(num_features, hidden)
         self.each = nn.Linear(num_each, hidden, bias=False)
+        self.further = nn.ModuleList([nn.Linear(hidden, hidden) for _ in range(layers - 1)])
         self.outer = nn.Linear(hidden, 1)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
@@ -56,5 +58,7 @@ class Rescoring(nn.Module):
     def raised(self, features_NF: Tensor, features_NCX: Tensor) -> Tensor:
         """a of each candidate, (N, C)."""
         hidden_NCH = F.gelu(self.place(features_NF)[:, None] + self.each(features_NCX.float()))
+        for layer in self.further:
+            hidden_NCH = F.gelu(layer(hidden_NCH))
         a_NC: Tensor = self.outer(hidden_NCH)[..., 0]
         return a_NC

@@ -23,12 +23,14 @@ class Eval:
     The metric of the validation split is the mean next-token cross-entropy in nats over its first targets. A
     text is scored in the same rows; its perplexity is per token, and bits per byte compare across tokenizers.
     HellaSwag's accuracy takes the ending with the highest log-probability per byte. Of a recipe with a blend
-    the validation split is scored with it as well, texts and tasks by the network alone.
+    the validation split is scored with it as well, texts and tasks by the network alone. What another blend
+    would make of the same network is told by --refit, which leaves the run's own as it is.
 
     Try:
       sabrage eval runs/demo-20260101-120000
       sabrage eval runs/mine --data data/fineweb --length 2048 --device cuda --by-position
       sabrage eval runs/mine --length 4096 --set model.mixers.0.rotary.factor=4
+      sabrage eval runs/mine --refit --set blend.candidates.layers=2
       sabrage eval runs/mine --text book.txt
       sabrage eval runs/mine --task hellaswag --file hellaswag_val.jsonl
     """
@@ -47,6 +49,9 @@ class Eval:
 
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Change a field of the run's recipe that holds no weights: a.b=c, as often as needed."""
+
+    refit: bool = False
+    """Count the run's text and fit a blend anew, that of the recipe or what --set makes of it."""
 
     by_position: bool = False
     """Also tell the loss by the position in the row: what does more context bring?"""
@@ -100,6 +105,8 @@ class Eval:
             raise ConfigError("--tokens is for validation and texts; a --task takes --limit questions")
         if self.task and self.by_position:
             raise ConfigError("--by-position is for validation and texts, whose tokens are all scored")
+        if self.refit and (self.task or self.text):
+            raise ConfigError("--refit is for a blend, and texts and tasks are scored without one")
         if self.limit is not None and (self.task is None or self.limit < 1):
             raise ConfigError(f"got --limit {self.limit}, allowed: 1 or more questions of a --task")
 
@@ -110,7 +117,7 @@ class Eval:
         corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
         end_of_text = corpus.end_of_text if recipe.budget.evaluation_documents else None
         evaluator = self.evaluator(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
-        blended = self.blended(recipe, evaluator, corpus) if recipe.blend else None
+        blended = self.blended(recipe, evaluator, corpus) if recipe.blend or self.refit else None
         if blended:
             self.tell_positions(recipe, evaluator)
             loss, alone = blended.losses()
@@ -149,11 +156,22 @@ class Eval:
     def blended(self, recipe: "Recipe", evaluator: "Evaluator", corpus: "Corpus") -> "Blended | None":
         """The run's blend, its text counted anew; None where the newest checkpoint has none."""
         from sabrage.cli.console import say
-        from sabrage.run.checkpoint import newest_step
+        from sabrage.config import ConfigError
+        from sabrage.run.checkpoint import newest
         from sabrage.run.folder import RunFolder
-        from sabrage.train.blended import load
+        from sabrage.train.blended import blend, check_room, load
 
-        step = newest_step(RunFolder(self.run_folder).checkpoints)
+        if self.refit and recipe.blend is None:
+            raise ConfigError("this recipe has no blend to fit; say which: --set blend=Blend")
+        found = newest(RunFolder(self.run_folder).checkpoints)
+        assert found is not None, "its model has been read"
+        step, meta = found
+        if self.refit:
+            check_room(recipe, corpus, evaluator.world)
+            anew = blend(recipe, evaluator, corpus, meta["block"], say=say)
+            if anew:
+                say(", ".join(f"{name} {seconds:.1f} s" for name, seconds in anew.seconds.items()))
+            return anew
         made = load(self.run_folder, recipe, evaluator, corpus, step=step)
         if made is None:
             say("no blend was fitted after this checkpoint: this is the network alone")

@@ -87,9 +87,15 @@ def load_newest(
     return None
 
 
+def newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, what was noted) of the newest whole checkpoint, without its tensors; None without any."""
+    return next(((body["step"], body["meta"]) for _, body in _whole(folder, lambda _: None)), None)
+
+
 def newest_step(folder: Path) -> int | None:
     """The step of the newest whole checkpoint, or None."""
-    return next((body["step"] for _, body in _whole(folder, lambda _: None)), None)
+    found = newest(folder)
+    return found[0] if found else None
 
 
 def _whole(folder: Path, warn: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:

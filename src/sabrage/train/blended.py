@@ -90,6 +90,7 @@ class Blended:
                 lr=part.lr,
                 seed=seed,
                 rescoring_hidden=part.candidates.hidden if part.candidates else 0,
+                rescoring_layers=part.candidates.layers if part.candidates else 1,
             )
 
     @contextmanager
@@ -230,7 +231,10 @@ def load(
         candidates = from_json(told.get("candidates"), Candidates | None, path="candidates")
         if candidates != recipe.blend.candidates:
             raise ValueError(f"its gate was fitted with candidates={candidates}")
-        rescoring = tensors["rescoring.each.weight"].shape[::-1] if candidates else None
+        rescoring = None
+        if candidates:
+            units, each = tensors["rescoring.each.weight"].shape
+            rescoring = each, units, candidates.layers
         made = counted(recipe, evaluator, corpus, told["blocks"])
         made.gate = Gate(features, experts, hidden, rescoring).requires_grad_(False)
         made.gate.load_state_dict(tensors)
