@@ -53,7 +53,7 @@ tries=(
   model.head.columns=16384
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
   model.layers=14
-  model.head.columns=24576+model.head.sample_tokens=0+model.head.proposal=uniform
+  'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
