@@ -28,6 +28,7 @@ from sabrage.data.shards import open_shard, write_shard
 from sabrage.data.stream import ShardStream
 from sabrage.data.tokenizer import ByteTokenizer
 from sabrage.parts import Corpus, DataError, DataSource
+from sabrage.run.folder import write_json
 
 # Raised whenever the choice of documents changes, so that an older cache is not taken for this one.
 EDITION = 2
@@ -112,9 +113,7 @@ def build(place: Path) -> None:
         "sha256": {split: hash_of(array) for split, array in tokens.items()},
         "unigram_entropy": unigram_entropy(tokens["train"]),
     }
-    partial = place / f"facts.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(facts, indent=2))
-    partial.replace(place / "facts.json")
+    write_json(place / "facts.json", facts)
 
 
 def topics() -> Iterator[str]:
