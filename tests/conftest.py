@@ -26,10 +26,10 @@ def pytest_runtest_logreport(report):
 @pytest.fixture
 def one_thread():
     """Sums in one order, whatever the machine; tiny products are faster so, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    from sabrage.run import device
+
+    with device.one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

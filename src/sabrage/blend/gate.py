@@ -81,8 +81,9 @@ def fit(
     device = evidence.network_N.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        rescoring = {"rescoring_hidden": rescoring_hidden, "rescoring_layers": rescoring_layers}
-        gate = Gate.of(evidence, hidden=hidden, **rescoring).to(device)
+        gate = Gate.of(
+            evidence, hidden=hidden, rescoring_hidden=rescoring_hidden, rescoring_layers=rescoring_layers
+        ).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))

@@ -117,7 +117,11 @@ class Eval:
         corpus, num_targets = recipe.data.open(self.data), recipe.budget.evaluation_tokens
         end_of_text = corpus.end_of_text if recipe.budget.evaluation_documents else None
         evaluator = self.evaluator(recipe, model, corpus.validation, num_targets, end_of_text=end_of_text)
-        blended = self.blended(recipe, evaluator, corpus) if recipe.blend or self.refit else None
+        blended = None
+        if self.refit:
+            blended = self.refitted(recipe, evaluator, corpus)
+        elif recipe.blend:
+            blended = self.blended(recipe, evaluator, corpus)
         if blended:
             self.tell_positions(recipe, evaluator)
             loss, alone = blended.losses()
@@ -156,25 +160,32 @@ class Eval:
     def blended(self, recipe: "Recipe", evaluator: "Evaluator", corpus: "Corpus") -> "Blended | None":
         """The run's blend, its text counted anew; None where the newest checkpoint has none."""
         from sabrage.cli.console import say
-        from sabrage.config import ConfigError
-        from sabrage.run.checkpoint import newest
+        from sabrage.run.checkpoint import newest_step
         from sabrage.run.folder import RunFolder
-        from sabrage.train.blended import blend, check_room, load
+        from sabrage.train.blended import load
 
-        if self.refit and recipe.blend is None:
-            raise ConfigError("this recipe has no blend to fit; say which: --set blend=Blend")
-        found = newest(RunFolder(self.run_folder).checkpoints)
-        assert found is not None, "its model has been read"
-        step, meta = found
-        if self.refit:
-            check_room(recipe, corpus, evaluator.world)
-            anew = blend(recipe, evaluator, corpus, meta["block"], say=say)
-            if anew:
-                say(", ".join(f"{name} {seconds:.1f} s" for name, seconds in anew.seconds.items()))
-            return anew
+        step = newest_step(RunFolder(self.run_folder).checkpoints)
         made = load(self.run_folder, recipe, evaluator, corpus, step=step)
         if made is None:
             say("no blend was fitted after this checkpoint: this is the network alone")
+        return made
+
+    def refitted(self, recipe: "Recipe", evaluator: "Evaluator", corpus: "Corpus") -> "Blended | None":
+        """The recipe's blend, fitted to what the run has learned; None where the memory does not last."""
+        from sabrage.cli.console import say
+        from sabrage.config import ConfigError
+        from sabrage.run.checkpoint import newest
+        from sabrage.run.folder import RunFolder
+        from sabrage.train.blended import blend, check_room
+
+        if recipe.blend is None:
+            raise ConfigError("this recipe has no blend to fit; say which: --set blend=Blend")
+        check_room(recipe, corpus, evaluator.world)
+        found = newest(RunFolder(self.run_folder).checkpoints)
+        assert found is not None, "its model has been read"
+        made = blend(recipe, evaluator, corpus, found[1]["block"], say=say)
+        if made:
+            say(", ".join(f"{name} {seconds:.1f} s" for name, seconds in made.seconds.items()))
         return made
 
     def evaluator(

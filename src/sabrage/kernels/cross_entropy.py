@@ -211,7 +211,7 @@ def _sample_pass(
     h_MD = products.h_MD
     columns = num_real if sample.ids_K is None else len(sample.ids_K)
     chunk = chunk_tokens * (num_real // columns)
-    grad_KD = torch.empty((0, h_MD.shape[1]), device=h_MD.device, dtype=torch.float32)
+    grad_KD = None
     for start in range(0, len(h_MD), chunk):
         part = slice(start, start + chunk)
         logits_CV, narrow_CV = _row_pass(
@@ -227,11 +227,12 @@ def _sample_pass(
         )
         if learns:
             products.hidden_gradient(logits_CV, narrow_CV, grad_h_MD[part])
-            grad_KD = accumulated(grad_KD if start else None, logits_CV, h_MD[part])
+            grad_KD = accumulated(grad_KD, logits_CV, h_MD[part])
         # The next chunk takes this one's memory.
         del logits_CV, narrow_CV
-    if learns and not len(h_MD):
-        return grad_KD.new_zeros((products.num_rows, h_MD.shape[1]))
+    if grad_KD is None:
+        rows_held = len(products.table_KD) if learns else 0
+        grad_KD = torch.zeros((rows_held, h_MD.shape[1]), device=h_MD.device, dtype=torch.float32)
     return grad_KD
 
 

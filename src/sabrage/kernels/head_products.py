@@ -22,7 +22,7 @@ class Products:
     """The products of some tokens and the rows of W that are their columns, in the dtype of h."""
 
     def __init__(self, h_MD: Tensor, table_KD: Tensor) -> None:
-        self.h_MD, self.table_KD, self.num_rows = h_MD, table_KD, len(table_KD)
+        self.h_MD, self.table_KD = h_MD, table_KD
         self.grad_scale = torch.ones((), device=h_MD.device)
 
     def logits(self, part: slice) -> Tensor:

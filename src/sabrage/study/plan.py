@@ -144,14 +144,14 @@ def ablation(
     unknown = set(keep) - set(back | inner)
     if unknown:
         raise StudyError(f"got {', '.join(sorted(unknown))} to keep, allowed: {', '.join(back | inner)}")
-    candidates = [(f"without {part}", full, whole, group) for part, group in (back | inner).items()]
-    if not alone:
-        candidates += [(f"only {part}", bare, least, group) for part, group in forth.items()]
-    candidates = [each for each in candidates if each[0].partition(" ")[2] not in keep]
+    leaving_out = [("without", full, whole, part, group) for part, group in (back | inner).items()]
+    adding_in = [] if alone else [("only", bare, least, part, group) for part, group in forth.items()]
+    candidates = [each for each in (*leaving_out, *adding_in) if each[3] not in keep]
     tokens = whole.plan.tokens()
     made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
     variants, skipped = [full], {}
-    for name, start, recipe_then, group in candidates:
+    for how, start, recipe_then, part, group in candidates:
+        name = f"{how} {part}"
         try:
             for change in group:
                 recipe_then = override(recipe_then, assignment(change))

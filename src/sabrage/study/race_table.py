@@ -95,11 +95,16 @@ def row(run: Run) -> dict[str, Any]:
     }
 
 
+def by_recipe(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Each recipe with its own lines, in the order in which they come first."""
+    recipes = dict.fromkeys(row["recipe"] for row in rows)
+    return [(recipe, [row for row in rows if row["recipe"] == recipe]) for recipe in recipes]
+
+
 def means(rows: Sequence[dict[str, Any]], target: float | None) -> list[dict[str, Any]]:
     """A line for each recipe of several seeds: what they reached and took on average, and how sure it is."""
     found = []
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        own = [row for row in rows if row["recipe"] == recipe]
+    for recipe, own in by_recipe(rows):
         if len(own) < 2:
             continue
         columns = {key: [row[key] for row in own] for key in (*ALIKE, *AVERAGED)}
@@ -148,8 +153,7 @@ def charts(curves: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
 def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What each recipe reached on average, and what that cost."""
     said = []
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        own = [row for row in rows if row["recipe"] == recipe]
+    for recipe, own in by_recipe(rows):
         costs = [row["base_steps"] for row in own if row["base_steps"] is not None]
         text = f"{recipe}: mean loss {fmean(row['loss'] for row in own):.4f} (n={len(own)})"
         text += f" after {fmean(row['train_seconds'] for row in own):.1f} s of training"
@@ -163,9 +167,8 @@ def race_table(
     """The result of all runs in the folder. Raises StudyError or RunError."""
     runs, left_out = ended_runs(folder)
     rows = [row(run) for run in runs]
-    averages = means(rows, target)
-    shown = [column for column in COLUMNS if averages or column[0] != "sd"]
-    shown = [column for column in shown if (averages and target is not None) or column[0] != "p"]
+    lines = [*rows, *means(rows, target)]
+    shown = [column for column in COLUMNS if any(column[0] in line for line in lines)]
     curves = {f"{named(run)}, seed {run.manifest['seed']}": points(run) for run in runs}
     curves |= dict(map(read_peer, peers))
     told = {line: [dict(zip(POINT, each, strict=True)) for each in found] for line, found in curves.items()}
@@ -178,7 +181,7 @@ def race_table(
         "columns": [
             {"key": key, "title": title.format(target=target), "format": form} for key, title, form in shown
         ],
-        "rows": [*rows, *averages],
+        "rows": lines,
         "curves": told,
         "charts": charts(curves),
         "sentences": sentences(rows),
