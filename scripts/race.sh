@@ -10,16 +10,17 @@
 #   min        `fast-min` likewise (2 a seed)
 #   base       `base` likewise (2 a seed)
 #   breakdown  where a step's time goes in nocap, base and fast (6)
-#   ablate     each trick of `fast` left out alone, in STEPS steps, one seed (1.5 a trick and card)
+#   ablate     each trick of `fast` left out alone, over TOKENS tokens, one seed, two runs a card at a time, of
+#              which one trains while the other compiles (1.5 a trick and card)
 # and, only when named:
 #   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
 #   try        six changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
 # they are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
-# (stand-in), TARGET the loss that the mean is held against (3.50), STEPS the steps of ablation (300), KEEP
-# anything to keep checkpoints, COMMIT the code's commit where this copy is no git checkout. A stage that fails
-# does not stop the rest.
+# (stand-in), TARGET the loss that the mean is held against (3.50), TOKENS the tokens of a run of screen (all)
+# or ablate (the study horizon), KEEP anything to keep checkpoints, COMMIT the code's commit where this copy is
+# no git checkout. A stage that fails does not stop the rest.
 #
 # To publish: copy OUT/race.json and OUT/breakdown.json to results/, write in docs/results.md
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
@@ -54,6 +55,11 @@ tries=(
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
   model.layers=14
   'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
+)
+# Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
+numbers=(
+  'model.head.columns=0+model.head.proposal="uniform"'
+  blend.candidates=null
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
@@ -102,12 +108,15 @@ screen() {  # all changes of `fast` at once, eight runs over the cards
 }
 
 ablate() {  # `fast` without each of its tricks
-  local part words=()
-  # What these differ by is left out piece by piece.
-  for part in data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend; do
+  local part change words=()
+  # What these differ by is left out piece by piece, the last four are not worth a run.
+  for part in data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend \
+    MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise; do
     words+=(--keep "$part")
   done
-  study ablate fast --base base --alone --steps "${STEPS:-300}" --seeds 1 "${words[@]}"
+  for change in "${numbers[@]}"; do words+=(--also "$change"); done
+  study ablate fast --base base --alone --tokens "${TOKENS:-47185920}" --seeds 1 "${words[@]}" \
+    --set budget.evaluate_every=726 --parallel $((2 * ${#cards[@]}))
 }
 
 try() {  # each change alone, as many runs at a time as there are cards

@@ -40,8 +40,20 @@ def test_every_part_takes_time_and_the_parts_are_the_step(tiny, one_thread):
     assert sum(found[name] for name in breakdown.PARTS) == pytest.approx(found["step_ms"])
     assert found["attention_ms"] < found["mixer_ms"]
     assert found["mfu"] == pytest.approx(found["floor_ms"] / found["step_ms"])
+    assert found["of_ceiling"] is None
     # Nobody profiles a CPU.
     assert found["launches"] is found["idle"] is None
+
+
+def test_the_ceiling_is_the_fastest_product_and_a_step_is_held_against_it(tiny, one_thread, monkeypatch):
+    # 10 ms for the small product and 1 ms for the large one.
+    took = iter([[10.0, 10.0, 90.0], [1.0, 1.0, 1.0]])
+    monkeypatch.setattr(breakdown, "times", lambda work, device: work() is None or next(took))
+    highest = breakdown.ceiling(CPU, tokens=8, shapes=((16, 32), (32, 64)))
+    assert highest == pytest.approx(2 * 8 * 32 * 64 / 1e-3)
+    found = breakdown.row(tiny, FACTS, CPU, highest=2e12)
+    # Twice the rate of the peak that FACTS tells.
+    assert found["of_ceiling"] == pytest.approx(found["mfu"] / 2)
 
 
 def test_parts_are_counted_by_layers_and_micro_batches(tiny, one_thread, monkeypatch):

@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,25 @@ def test_one_row_tells_the_cost_of_the_first_step(tiny, one_thread):
     assert row["mfu"] == pytest.approx(floor / row["step_ms"])
     assert row["peak_gib"] is None
     assert "stage" not in row
+
+
+def test_a_step_is_timed_in_a_turn_and_built_before(tiny, one_thread, monkeypatch):
+    happened = []
+
+    @contextmanager
+    def turn():
+        happened.append("turn")
+        yield
+        happened.append("over")
+
+    monkeypatch.setattr(step, "turn", turn)
+    for name in ("ready", "cost"):
+        real = getattr(step, name)
+        monkeypatch.setattr(
+            step, name, lambda *words, name=name, real=real: happened.append(name) or real(*words)
+        )
+    assert len(list(step.measure(tiny, FACTS, CPU))) == 1
+    assert happened == ["ready", "turn", "cost", "over"]
 
 
 def test_with_stages_there_is_a_row_for_each_of_the_plan(tiny, one_thread):

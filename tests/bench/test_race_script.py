@@ -10,7 +10,7 @@ import torch
 from sabrage.cli import parse
 from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
-from sabrage.study.plan import parse_variant
+from sabrage.study.plan import fitted, parse_variant
 from sabrage.study.screening import lettered, screening
 from sabrage.train.loop import train
 from sabrage.train.workshop import blueprint
@@ -132,7 +132,7 @@ def test_all_stages_give_commands_that_parse(race):
     assert breakdown[3:6] == ["nocap", "base", "fast"]
     (study,) = [words for words in commands if "study" in words]
     ablation = parse(study[3:]).command
-    assert (ablation.recipe, ablation.base, ablation.alone, ablation.steps) == ("fast", "base", True, 300)
+    assert (ablation.recipe, ablation.base, ablation.alone) == ("fast", "base", True)
 
 
 def studied(race, stage):
@@ -170,9 +170,15 @@ def test_what_is_tried_can_be_run_and_takes_the_same_tokens_as_fast(race):
 def test_each_trick_is_left_out_on_the_cards_that_are_named(race):
     ablation = studied(race, "ablate")
     assert (ablation.recipe, ablation.base, ablation.alone) == ("fast", "base", True)
-    assert (ablation.steps, ablation.seeds) == (300, 1)
+    # Two runs a card, at the study horizon.
+    assert (ablation.tokens, ablation.seeds, ablation.parallel) == (47_185_920, 1, 4)
     plan, _ = ablation.plan()
     names = [variant.name for variant in plan.variants]
+    made = [fitted(variant.make(), tokens=plan.tokens) for variant in plan.variants]
+    assert all(abs(recipe.plan.tokens() / plan.tokens - 1) < 0.003 for recipe in made)
+    assert {recipe.budget.evaluate_every for recipe in made[1:3]} == {240}
+    by_hand = [recipe for name, recipe in zip(names, made, strict=True) if name.startswith("with fast+")]
+    assert (by_hand[0].model.head.columns, by_hand[1].blend.candidates) == (0, None)
     assert {"without MultiHead.window", "without plan.tokens_per_step", "without Muon.normuon"} <= set(names)
     # A part whose tricks are left out one by one does not go as a whole.
     assert not {"without model", "without optim", "without model.head", "without plan"} & set(names)

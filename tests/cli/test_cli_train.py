@@ -1,3 +1,4 @@
+import fcntl
 import importlib.util
 import json
 
@@ -6,6 +7,7 @@ import pytest
 from sabrage.cli import main
 from sabrage.config import from_json
 from sabrage.run.folder import read_run
+from sabrage.train import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +153,26 @@ def test_eval_of_a_run_without_a_checkpoint_says_so(train, tmp_path, capsys):
     assert train("--out", "run", "--set", "optim.0.optimizer.lr=1e38") == 1
     assert main(["eval", "run", "--device", "cpu"]) == 1
     assert "no checkpoint in run/checkpoints; train the run to its end first" in capsys.readouterr().err
+
+
+def test_who_takes_turns_holds_the_device_and_tells_no_other_clock(train, tmp_path, monkeypatch):
+    file, free = tmp_path / "gpu.turn", []
+
+    def steps(*words):
+        with file.open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free.append(False)
+        return run_steps(*words)
+
+    run_steps = loop.run_steps
+    monkeypatch.setattr(loop, "run_steps", steps)
+    monkeypatch.setenv("SABRAGE_TURN", str(file))
+    assert train("--out", "run") == 0
+    assert free == [False]
+    with file.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    run = read_run(tmp_path / "run")
+    assert run.inline
+    assert run.result["wall_seconds"] is None

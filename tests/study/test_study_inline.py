@@ -222,7 +222,7 @@ def test_a_summary_tells_no_clock_that_an_inline_run_has_not(jobs, inline):
     assert summary["clocks"]["train_seconds"] > 0
     assert (summary["clocks"]["nocap_seconds"], summary["clocks"]["wall_seconds"]) == (None, None)
     assert (
-        "runs were made inline, one after another in a process: no wall and no nocap seconds"
+        "runs shared a process (inline) or took turns on a GPU: no wall and no nocap seconds"
         in (summary["notes"])
     )
     assert "nocap" not in source(summary)

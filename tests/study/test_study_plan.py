@@ -160,6 +160,16 @@ def test_an_ablation_leaves_alone_what_is_to_be_kept():
         ablation("base", "nocap", keep=("paln",))
 
 
+def test_a_trick_that_is_a_number_is_turned_off_by_hand():
+    change = "plan.lr.warmdown=1+plan.lr.warmup=2"
+    variants, _ = ablation("base", "nocap", ("model.layers=6",), also=(change,))
+    assert variants[1].name == f"with base+{change}"
+    made = variants[1].make()
+    assert (made.plan.lr.warmdown, made.plan.lr.warmup, made.model.layers) == (1, 2, 6)
+    with pytest.raises(ConfigError, match="warmdwn"):
+        ablation("base", "nocap", also=("plan.lr.warmdwn=1",))
+
+
 GROWN = (
     "base+model.embedding=BigramHash+model.embedding.inner.normalise=true+model.wiring=Skipping"
     '+model.wiring.skips=[{"part": "SkipScales"}, {"part": "LayerSkips"}]+model.mixers.0.window_share=0.5'

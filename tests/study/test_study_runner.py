@@ -11,8 +11,9 @@ from sabrage.cli import main
 from sabrage.recipes import RECIPES
 from sabrage.report.tables import read_results, table
 from sabrage.run.folder import read_run
+from sabrage.run.turn import TURN, turn_file
 from sabrage.study.board import Board
-from sabrage.study.launch import Attempt, Job, Local, OnRay
+from sabrage.study.launch import Attempt, Job, Local, OnRay, run_blocks
 from sabrage.study.plan import StudyError, StudyPlan, parse_variant
 from sabrage.study.runner import blocks_of, finished, run_study
 from sabrage.study.summary import summarise
@@ -137,6 +138,50 @@ def test_each_gpu_gets_a_process_of_its_own(monkeypatch):
     assert [place["CUDA_VISIBLE_DEVICES"] for place in Local(parallel=3).places()] == ["4", "6", "4"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert Local().places() == [{}]
+    assert Local(parallel=2).places() == [{}, {}]
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_processes_of_one_gpu_take_turns(monkeypatch, num_gpus):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert not any(TURN in place for place in Local().places())
+    turns = [place[TURN] for place in Local(parallel=2 * num_gpus).places()]
+    assert turns == [str(turn_file(str(index % num_gpus))) for index in range(2 * num_gpus)]
+
+
+def test_places_that_take_turns_share_a_block_and_others_do_not(program, calls, tmp_path):
+    def run(turns, folder):
+        # Each waits until it is stopped, so that no place gets a second job.
+        long = [parse_variant(LONG), parse_variant("demo+budget.checkpoint_every=7+budget.log_every=3")]
+        launcher, blocks = Local(program=program), blocks_of(tmp_path / folder, long, (0, 1))
+
+        def watch():
+            if left and len(list((tmp_path / folder).rglob("step-00000001"))) == 2:
+                os.kill(os.getpid(), left.pop())
+
+        left = [signal.SIGTERM]
+        assert not run_blocks(blocks, launcher=launcher, places=turns, watch=watch)
+        return [[job.state() for job in block] for block in blocks]
+
+    one, other = {TURN: "one"}, {TURN: "other"}
+    assert run([one, one], "shared") == [["started", "started"], ["waiting", "waiting"]]
+    assert run([one, other], "apart") == [["started", "waiting"], ["started", "waiting"]]
+
+
+def test_variants_of_a_single_seed_may_each_have_a_place(program, calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(Local, "places", lambda self: [{"PLACE": "0"}, {"PLACE": "1"}])
+    plan = compare(LONG, "demo+budget.checkpoint_every=7+budget.log_every=3", seeds=(0,))
+    left = [signal.SIGTERM]
+
+    def watch(board):
+        if left and len(list(tmp_path.rglob("step-00000001"))) == 2:
+            os.kill(os.getpid(), left.pop())
+
+    monkeypatch.setattr(Board, "__call__", watch)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(plan, tmp_path / "study", Local(program=program))
+    assert len(calls()) == 2
 
 
 def test_several_places_share_the_blocks(program, calls, tmp_path):
@@ -164,6 +209,15 @@ def test_a_summary_compares_at_equal_tokens_and_at_equal_seconds(program, tmp_pa
     assert summary["notes"][0] == f"noise floor {summary['noise_floor']:.4f} (sd of a loss over seeds)"
     assert summary["detectable"] < summary["noise_floor"]
     assert f"3 pairs find a difference of {summary['detectable']:.4f}" in summary["notes"][1]
+
+
+def test_a_speed_is_that_of_the_median_stretch(program, tmp_path):
+    plan = compare("demo", DEEP, seeds=(0,))
+    jobs = run_study(plan, tmp_path / "study", Local(program=program))
+    log = jobs[1].folder / "log.jsonl"
+    first, *rest = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps(json.loads(first) | {"tokens_per_second": 1.0}), *rest]) + "\n")
+    assert rows(plan, jobs)[1][DEEP]["speed"] == pytest.approx(0.5)
 
 
 def test_a_variant_that_changes_nothing_shows_no_difference(program, tmp_path):

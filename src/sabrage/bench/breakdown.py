@@ -7,14 +7,18 @@ shapes, formats, documents and windows of the step: see `sabrage.bench.regions`.
 whole step is "rest": norms, residuals, casts, sums of gradients, and what the compiler gained by fusing
 across regions, which can make it negative. Every region's time holds its products; "attention" is that part
 of the mixers which is neither projection nor norm nor rotation. The floor is the step's matrix products at
-the vendor's peak rate. Launches and idle time are what the profiler noted: see `sabrage.bench.launches`.
+the vendor's peak rate; "of the ceiling" counts them at the rate of the fastest product of such shapes that
+this very card made just before, in bf16. Launches and idle time are what the profiler noted: see
+`sabrage.bench.launches`.
 
 The last stage of the plan is measured, or stage N, counted from 0. Writes FILE (JSON) and a chart beside it
 (SVG). Needs a CUDA device; a recipe takes one to three minutes, most of it compiling.
 """
 
 import argparse
+import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from rich.console import Console
 from sabrage.bench import launches, regions
 from sabrage.bench.breakdown_chart import chart
 from sabrage.bench.result import Column, table, write_result
-from sabrage.bench.trial import Trial, asked, ready, rows_of
+from sabrage.bench.trial import Trial, asked, ready, rows_of, times
 from sabrage.config import ConfigError
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
@@ -48,10 +52,30 @@ COLUMNS: list[Column] = [
     {"key": "idle", "title": "idle", "format": ".1%"},
     {"key": "tokens_per_second", "title": "tokens/s", "format": ",.0f"},
     {"key": "mfu", "title": "MFU", "format": ".1%"},
+    {"key": "of_ceiling", "title": "of the ceiling", "format": ".1%"},
     {"key": "note", "title": "note"},
 ]
 # What adds up to the step, in the order of the chart.
 PARTS = ("head_ms", "feedforward_ms", "mixer_ms", "embedding_ms", "optimizer_ms", "rest_ms")
+
+
+# Of a product (tokens x inner) (inner x outer): the projections of the baseline, its head last.
+SHAPES = ((768, 2304), (768, 3072), (3072, 768), (768, 50_304))
+TOKENS = 65_536
+
+
+def ceiling(
+    device: torch.device, *, tokens: int = TOKENS, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> float:
+    """FLOP/s of the fastest bf16 product of these shapes on this device, now."""
+    rates = []
+    for inner, outer in shapes:
+        left = torch.randn(tokens, inner, device=device, dtype=torch.bfloat16)
+        right = torch.randn(outer, inner, device=device, dtype=torch.bfloat16)
+        out = left @ right.T
+        work = partial(torch.mm, left, right.T, out=out)
+        rates.append(2e3 * tokens * inner * outer / statistics.median(times(work, device)))
+    return max(rates)
 
 
 def stage_of(recipe: Recipe, stage: int | None) -> Knobs:
@@ -63,15 +87,26 @@ def stage_of(recipe: Recipe, stage: int | None) -> Knobs:
 
 
 def row(
-    recipe: Recipe, facts: DeviceFacts, device: torch.device, *, stage: int | None = None
+    recipe: Recipe,
+    facts: DeviceFacts,
+    device: torch.device,
+    *,
+    stage: int | None = None,
+    highest: float | None = None,
 ) -> dict[str, Any]:
-    """One line of the table; a recipe that this device refuses has a note alone."""
+    """One line of the table; a recipe that this device refuses has a note alone.
+
+    `highest` is the rate of the ceiling in FLOP/s.
+    """
     knobs, refusals = stage_of(recipe, stage), recipe.refusals(facts)
     if refusals:
         return {"recipe": recipe.name, "note": "; ".join(refusals)}
     trial = ready(recipe, facts, device, [knobs])
-    found = {"recipe": recipe.name, "tokens": knobs.tokens_per_step, "window": knobs.window}
-    return found | parts(trial, knobs) | {"note": ""}
+    found: dict[str, Any] = {"recipe": recipe.name, "tokens": knobs.tokens_per_step, "window": knobs.window}
+    found |= parts(trial, knobs)
+    peak = facts.peaks.get(recipe.precision.peak())
+    share = found["mfu"] * peak / highest if found["mfu"] and peak and highest else None
+    return found | {"of_ceiling": share, "note": ""}
 
 
 def parts(trial: Trial, knobs: Knobs) -> dict[str, Any]:
@@ -108,10 +143,11 @@ def measure(
     device = torch.device("cuda", torch.cuda.current_device())
     facts = probe(device)
     use_compile_cache(True)
-    peak = facts.peaks.get("bf16")
-    title = facts.name + (f": bf16 peak {peak / 1e12:,.0f} TFLOP/s" if peak else "")
+    peak, highest = facts.peaks.get("bf16"), ceiling(device)
+    title = f"{facts.name}: " + (f"bf16 peak {peak / 1e12:,.0f}, " if peak else "")
+    title += f"products reach {highest / 1e12:,.0f} TFLOP/s"
     rows: list[dict[str, Any]] = []
-    for found in rows_of(chosen, lambda recipe: [row(recipe, facts, device, stage=stage)]):
+    for found in rows_of(chosen, lambda recipe: [row(recipe, facts, device, stage=stage, highest=highest)]):
         rows.append(found)
         # After every row: what was measured outlasts what stops the rest.
         if out is not None:

@@ -20,6 +20,7 @@ from sabrage.bench.trial import Trial, asked, ready, rows_of
 from sabrage.parts import Knobs
 from sabrage.recipe import Recipe
 from sabrage.run.device import DeviceFacts, probe
+from sabrage.run.turn import turn
 from sabrage.train.compiling import use_compile_cache
 
 COLUMNS: list[Column] = [
@@ -64,7 +65,10 @@ def measure(
     chosen = recipe.plan.stages() if stages else [recipe.plan.at(0)]
     trial = ready(recipe, facts, device, chosen)
     for index, knobs in enumerate(chosen):
-        yield {"recipe": recipe.name, **(told(index, knobs) if stages else {}), **cost(trial, knobs)}
+        # Beside a study whose runs take turns, this waits for one.
+        with turn():
+            found = cost(trial, knobs)
+        yield {"recipe": recipe.name, **(told(index, knobs) if stages else {}), **found}
 
 
 def cost(trial: Trial, knobs: Knobs) -> dict[str, Any]:

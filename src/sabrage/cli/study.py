@@ -23,7 +23,8 @@ class Common:
     result: Path | None = None
     """Also write the summary here, such as results/NAME.json for the tables of the documents."""
     parallel: int = 0
-    """Runs at a time: 0 is one for each GPU, or one on a CPU. More than GPUs spoil the timings."""
+    """Runs at a time: 0 is one for each GPU, or one on a CPU. Of more than GPUs one trains at a time on each
+    while the others start and compile; then only train_seconds are told, and speeds by medians."""
     ray: str | None = None
     """Hand the runs to Ray instead: local, auto or HOST:PORT (needs the extra `ray`)."""
     inline: bool = False
@@ -148,11 +149,15 @@ class Ablate(Paired):
     """Only leave out, and also each trick within a part: a flag, a part around another, one of many skips."""
     keep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A part or trick, as the study names it, that is left alone; as often as needed."""
+    also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A change of the recipe as a variant too: a.b=c+d.e=f, for a trick that is a number."""
 
     def plan(self) -> tuple["StudyPlan", dict[str, str]]:
         from sabrage.study.plan import StudyPlan, ablation, fitted
 
-        variants, skipped = ablation(self.recipe, self.base, self.set, alone=self.alone, keep=self.keep)
+        variants, skipped = ablation(
+            self.recipe, self.base, self.set, alone=self.alone, keep=self.keep, also=self.also
+        )
         lengths = self.lengths()
         if self.steps:
             whole = fitted(variants[0].make(), steps=self.steps)

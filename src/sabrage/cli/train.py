@@ -61,11 +61,12 @@ class Train:
         """`kept` is what a process that makes several runs keeps from one for the next."""
         from sabrage.cli.choose import named_device
         from sabrage.run.clocks import Clocks
+        from sabrage.run.turn import shares_device
         from sabrage.train.loop import train
         from sabrage.train.workshop import Shelf
         from sabrage.train.world import start_world
 
-        clocks, shelf = Clocks(inline=kept is not None), kept or Shelf()
+        clocks, shelf = Clocks(inline=kept is not None or shares_device()), kept or Shelf()
         with start_world(named_device(self.device)) as world:
             recipe, folder = self.prepare(leads=world.leads)
             corpus = shelf.open(recipe.data)

@@ -5,7 +5,7 @@ validation and checkpoints left out (the NoCap benchmark's rule); `wall_seconds`
 process started. The caller synchronises the device wherever a phase begins or ends.
 
 In a process that makes several runs, one after another, only the first of the three can be told: what the
-later runs find ready was paid for by the first.
+later runs find ready was paid for by the first. The same holds for a run that waits for its turn on a device.
 """
 
 import os
@@ -41,7 +41,7 @@ class Clocks:
     """Times the phases of a run. `now` is a monotonic clock in seconds, `age` the process's age at the start.
 
     Phases do not nest. Readings are right at any moment, also within a phase. `inline` says that the process
-    makes several runs; a run keeps that mark when another process goes on with it.
+    makes several runs or waits for others; a run keeps that mark when another process goes on with it.
     """
 
     def __init__(

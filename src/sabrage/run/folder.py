@@ -120,7 +120,8 @@ class Run:
 
     @property
     def inline(self) -> bool:
-        """Whether a process that makes several runs made it, or a part: then only its train_seconds hold."""
+        """Whether it shared its process or its device with other runs, or a part of it did: then only its
+        train_seconds hold."""
         return any(told.get("inline", False) for told in (self.manifest, self.result or {}))
 
     def events(self, name: str) -> list[Record]:

@@ -23,11 +23,13 @@ import torch
 
 from sabrage.config import Part
 from sabrage.run.folder import RunFolder, write_json
+from sabrage.run.turn import TURN, turn_file
 from sabrage.study.plan import StudyError, Variant
 from sabrage.study.workplace import Fresh, Kept, Work, Workplace
 from sabrage.train.interrupt import Interruption
 
 SECONDS_BETWEEN_LOOKS = 0.05
+GPU = "CUDA_VISIBLE_DEVICES"
 LAST_LINES = 20
 Block = Sequence["Job"]
 
@@ -118,11 +120,13 @@ def run_blocks(
 ) -> bool:
     """Runs every job that is not done, block by block, at each of `places` one at a time.
 
-    A place is what its children's environment adds. After Ctrl-C or SIGTERM no job is started, the running
-    ones save and end, and the answer is False; a second one kills them.
+    A place is what its children's environment adds; places that take turns share a block. After Ctrl-C or
+    SIGTERM no job is started, the running ones save and end, and the answer is False; a second one kills
+    them.
     """
     waiting = deque(deque(job for job in block if job.state() != "done") for block in blocks)
-    at_hand: list[deque[Job]] = [deque() for _ in places]
+    shared: dict[str, deque[Job]] = {}
+    at_hand = [shared.setdefault(place.get(TURN, str(index)), deque()) for index, place in enumerate(places)]
     running: list[Attempt | None] = [None for _ in places]
     passed_on = False
     workplaces = [launcher.workplace(place) for place in places]
@@ -135,7 +139,7 @@ def run_blocks(
                     if attempt and attempt.ended(stopping=stopping):
                         running[index] = attempt = None
                     while waiting and not at_hand[index]:
-                        at_hand[index] = waiting.popleft()
+                        at_hand[index].extend(waiting.popleft())
                     if attempt is None and at_hand[index] and not stopping:
                         job = at_hand[index].popleft()
                         running[index] = Attempt(job, launcher=launcher, place=workplace)
@@ -181,7 +185,8 @@ class Launcher(Part, ABC):
 class Local(Launcher):
     """`parallel` processes on this machine; 0 means one for each GPU, and one on a CPU.
 
-    More processes than GPUs share them: their losses hold, their timings do not.
+    More processes than GPUs share them and take turns to train (`sabrage.run.turn`); those of one GPU share
+    its block as well. On a CPU they share the cores: their losses hold, their timings do not.
     """
 
     parallel: int = 0
@@ -192,12 +197,14 @@ class Local(Launcher):
     def places(self) -> list[dict[str, str]]:
         """The environment that each process gets: its GPU, where there are several."""
         num_gpus = torch.cuda.device_count()
-        if num_gpus < 2:
+        if num_gpus == 0:
             return [{} for _ in range(self.parallel or 1)]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = os.environ.get(GPU)
         names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
         count = self.parallel or num_gpus
-        return [{"CUDA_VISIBLE_DEVICES": names[index % num_gpus]} for index in range(count)]
+        turns = [{TURN: str(turn_file(name))} if count > num_gpus else {} for name in names]
+        gpus = [{GPU: name} if num_gpus > 1 else {} for name in names]
+        return [gpus[index % num_gpus] | turns[index % num_gpus] for index in range(count)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,13 +122,15 @@ def ablation(
     *,
     alone: bool = False,
     keep: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> tuple[tuple[Variant, ...], dict[str, str]]:
     """Leave-one-out and add-one-in over the parts by which `recipe` differs from `base`, but for `keep`.
 
-    With `alone` nothing is added in, and each of `tricks` is left out as well. Returns the variants (the
-    recipe itself, "without X" ..., "only X" ..., the base) and, by name, why a variant is left out. Every
+    With `alone` nothing is added in, and each of `tricks` is left out as well; `also` are changes of the
+    recipe, a.b=c+d.e=f, such as tricks that are numbers. Returns the variants (the recipe itself, "with"
+    those changes ..., "without X" ..., "only X" ..., the base) and, by name, why a variant is left out. Every
     variant trains on the recipe's tokens with its budget, and loses optimizer groups that match nothing.
-    Raises StudyError for a part to keep that is none of those.
+    Raises StudyError for a part to keep that is none of those and ConfigError for a change that is none.
     """
     full, bare = parse_variant(recipe, common), parse_variant(base, common)
     whole, least = full.make(), bare.make()
@@ -149,7 +151,8 @@ def ablation(
     candidates = [each for each in (*leaving_out, *adding_in) if each[3] not in keep]
     tokens = whole.plan.tokens()
     made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
-    variants, skipped = [full], {}
+    by_hand = [parse_variant(f"{recipe}+{change}", common) for change in also]
+    variants, skipped = [full, *(replace(each, name=f"with {each.name}") for each in by_hand)], {}
     for how, start, recipe_then, part, group in candidates:
         name = f"{how} {part}"
         try:

@@ -67,8 +67,8 @@ def run_study(plan: StudyPlan, folder: Path, launcher: Launcher) -> list[Job]:
     claim(folder, plan.check())
     variants = lengthened(plan, folder, launcher)
     blocks = blocks_of(folder / "runs", variants, plan.seeds)
-    # These ask for losses: each of their runs may have a device of its own.
-    alone = plan.kind in ("sweep", "screen")
+    # These ask for losses, or have nothing to pair: each of their runs may have a device of its own.
+    alone = plan.kind in ("sweep", "screen") or len(plan.seeds) == 1
     carry_out([[job] for block in blocks for job in block] if alone else blocks, launcher)
     order = {variant.name: index for index, variant in enumerate(variants)}
     jobs = [job for block in blocks for job in block]

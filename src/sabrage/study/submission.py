@@ -136,8 +136,8 @@ def run_problems(run: Run) -> Iterator[str]:
         yield f"the run has not come to its end ({ending or 'no result'}); go on with --resume"
     if run.inline:
         yield (
-            "was made inline, in a process that makes several runs, so that the benchmark's clock is not "
-            "known; run it without --inline"
+            "was made inline, in a process that makes several runs, or took turns with others on its GPU, so "
+            "that the benchmark's clock is not known; run it without --inline, and no more runs than GPUs"
         )
     if manifest["device"].get("kind") == "cpu" or manifest.get("processes", 1) != 1:
         device = manifest["device"]["name"]

@@ -58,7 +58,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     if any(_changed(run) for run in runs):
         found.append("the code had changes that are not in the commit; the manifests hold them")
     if any(run.inline for run in runs):
-        found.append("runs were made inline, one after another in a process: no wall and no nocap seconds")
+        found.append("runs shared a process (inline) or took turns on a GPU: no wall and no nocap seconds")
     return found
 
 
@@ -102,6 +102,11 @@ def compared(runs: Runs, reference: Runs, value: Measure) -> Estimate | None:
         return None
     before, after = zip(*known, strict=True)
     return paired(before, after)
+
+
+def steady(run: Run) -> float:
+    """Tokens a second in the median stretch between two lines of the log, whatever disturbs a few."""
+    return median(record["tokens_per_second"] for record in run.events("speed"))
 
 
 def final_loss(run: Run) -> float:
@@ -161,7 +166,8 @@ def summarise(plan: StudyPlan, jobs: Sequence[Job], skipped: dict[str, str], *, 
 def row(
     name: str, runs: Runs, reference: Runs, measures: dict[str, Measure], target: float | None
 ) -> dict[str, Any]:
-    """One variant's line: seconds are `train_seconds` unless named otherwise, `speed` is a paired ratio."""
+    """One variant's line: seconds are `train_seconds` unless named otherwise, `speed` is a paired ratio of
+    steady speeds."""
     losses = [final_loss(run) for run in runs.values()]
     made: dict[str, Any] = {"variant": name, "runs": len(runs), "sd": estimate(losses).sd if losses else None}
     for key, value in measures.items():
@@ -174,9 +180,7 @@ def row(
     if target is not None:
         made["seconds_to_target"] = mean(curve(run).seconds_to(target) for run in runs.values())
     made["speed"] = mean(
-        result(run)["tokens_per_second"] / result(reference[seed])["tokens_per_second"]
-        for seed, run in runs.items()
-        if seed in reference
+        steady(run) / steady(reference[seed]) for seed, run in runs.items() if seed in reference
     )
     made["peak_memory"] = max((result(run)["peak_memory"] or 0 for run in runs.values()), default=0) or None
     return made

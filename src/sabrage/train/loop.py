@@ -17,6 +17,7 @@ from sabrage.recipe import Recipe
 from sabrage.run.clocks import Clocks
 from sabrage.run.device import DeviceFacts, probe
 from sabrage.run.folder import RunFolder
+from sabrage.run.turn import turn
 from sabrage.train.blended import blend, check_room
 from sabrage.train.compiling import allow_graphs, use_compile_cache
 from sabrage.train.evaluate import Evaluator
@@ -102,7 +103,8 @@ def train(
         recorder.started()
         if resume:
             recorder.restore(session)
-        with Interruption() as stop:
+        # Nothing is lost by whoever is stopped while it waits.
+        with turn(), Interruption() as stop:
             ending = run_steps(recipe, session, step, evaluator, corpus, recorder, clocks, stop)
             recorder.finish(ending, session.step)
         return Outcome(ending, recorder.validation_loss, session.step, stop.signal)

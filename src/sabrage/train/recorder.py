@@ -81,7 +81,7 @@ class Recorder:
         self.stack.close()
 
     def manifest(self) -> dict[str, Any]:
-        """What is known before the first step; "inline" marks a run of a process that makes several."""
+        """What is known before the first step; "inline" marks a run beside others."""
         backends = {path: str(chosen) for path, _, chosen in diff(self.recipe, self.resolved)}
         made = make_manifest(
             to_json(self.recipe),
