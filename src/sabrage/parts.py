@@ -134,9 +134,11 @@ class Head(Part, ABC):
 
     Targets of -1 are left out of the mean. `losses(h_BTD, targets_BTW, weights_W) -> (weighted total, mean of
     each of W sets of targets)` makes the logits once; a set without a target counts 0. With `tied` the model
-    shares the embedding's table with it; with `copied` its own table starts as a copy of that one.
+    shares the embedding's table with it; with `copied` its own table starts as a copy of that one. Training
+    holds the logits of `logit_tokens` tokens at once, 0: of all.
     """
 
+    logit_tokens = 0
     tied: bool = True
     copied: bool = False
 
@@ -202,10 +204,8 @@ class Precision(Part, ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Sets number formats of weights and, every one, the backend's switches, before anything is compiled.
-
-        What a format has to remember becomes buffers of `model` itself, not of modules in it.
-        """
+        """Sets number formats of weights and, every one, the backend's switches, before anything is compiled;
+        what a format has to remember becomes buffers of `model` itself, not of modules in it."""
 
     def prepare_alone(self, model: nn.Module, device: torch.device) -> None:
         """`prepare` for a model without its learner, whose layers keep the names they train under."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sabrage.model.counts import flops_per_token, memory_estimate, num_parameters
+from sabrage.model.ends import LinearHead
 from sabrage.model.lm import build_model
 from sabrage.optim.groups import Optimizers
 from sabrage.parts import Batch
@@ -230,3 +231,13 @@ def test_memory_grows_with_tokens_and_layers_and_is_twice_in_activations_when_pr
     assert many == 64 * few > 0
     assert memory_estimate(spec, 1024, wide=True) - memory_estimate(spec, 0, wide=True) == 2 * few
     assert memory_estimate(replace(spec, layers=6), 1024) < memory_estimate(spec, 1024)
+
+
+@pytest.mark.parametrize(("name", "rows", "measured"), [("fast", 32, 29.0), ("fast-24gb", 8, 12.7)])
+def test_a_head_that_holds_few_logits_takes_less_memory(name, rows, measured):
+    spec, tokens = find(name).model, rows * 2048
+    estimate = memory_estimate(spec, tokens)
+    assert estimate == pytest.approx(measured * 2**30, rel=0.07)
+    plain = replace(spec, head=LinearHead(tied=spec.head.tied))
+    assert memory_estimate(plain, tokens) - estimate == (tokens - 8192) * spec.vocab_size * 4
+    assert memory_estimate(plain, 4096) == memory_estimate(spec, 4096)

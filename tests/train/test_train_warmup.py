@@ -7,7 +7,7 @@ from sabrage.optim.muon import Muon
 from sabrage.parts import Batch, OptimizerGroup
 from sabrage.plan import Stages
 from sabrage.train.loop import make_loader
-from sabrage.train.warmup import warm_up
+from sabrage.train.warmup import remembered, warm_up
 from sabrage.train.world import World
 
 
@@ -61,6 +61,18 @@ def test_warming_up_leaves_everything_bit_for_bit_as_it_was(staged, assemble, us
     assert [parameter.data_ptr() for parameter in session.learner.parameters()] == pointers
     assert all(parameter.grad is None for parameter in session.learner.parameters())
     assert session.learner.training
+
+
+def test_what_is_remembered_is_the_same_and_zeros_take_no_memory():
+    for tensor in (torch.randn(3, 4), torch.zeros(3, 4), -torch.zeros(3), torch.arange(3), torch.zeros(0)):
+        kept = remembered(tensor)
+        assert (kept.shape, kept.dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(kept, tensor)
+        assert torch.equal(kept.signbit(), tensor.signbit())
+        assert kept.data_ptr() != tensor.data_ptr() or not tensor.numel()
+    assert remembered(torch.zeros(1000, 1000)).untyped_storage().nbytes() == 4
+    # Its zeros are of both signs.
+    assert remembered(torch.tensor([0.0, -0.0])).untyped_storage().nbytes() == 8
 
 
 def test_a_warmed_up_run_takes_the_same_course(staged, assemble):

@@ -28,6 +28,9 @@ from sabrage.kernels.head_products import Products, accumulated, products_by_sam
 from sabrage.kernels.language import KernelError, require
 from sabrage.kernels.sampled_columns import Sample, samples
 
+# So many tokens' logits are held at once, over the whole vocabulary: 0.8 GB in 16 bits.
+CHUNK_TOKENS = 8192
+
 
 def bounded(x_X: Tensor, softcap: float | None, rescale: tuple[float, float, float] | None) -> Tensor:
     """The logits x, bounded by a soft-cap or a rescale (height, shift, width), or as they are."""
@@ -85,7 +88,7 @@ def cross_entropy_head(
     sample_tokens: int = 0,
     sizes_V: Tensor | None = None,
     fp8: bool = False,
-    chunk_tokens: int = 8192,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor]:
     """(weighted total, mean loss of each target set), fp32, in nats; only the total carries gradient.
 
@@ -150,7 +153,7 @@ def _check(
         if number < 0:
             raise KernelError(f"{name}={number}, allowed: 0 (all) and up")
     if chunk_tokens < 1:
-        raise KernelError(f"chunk_tokens={chunk_tokens}, allowed: 1 and up; 8192 is the default")
+        raise KernelError(f"chunk_tokens={chunk_tokens}, allowed: 1 and up; {CHUNK_TOKENS} is the default")
     if fp8 and h_ND.shape[1] % 16:
         raise KernelError(f"FP8 products need a width that 16 divides and got {h_ND.shape[1]}; use fp8=False")
 

@@ -10,7 +10,8 @@ from sabrage.model.lm import LM, ModelSpec
 
 # Bytes of saved activations per token, layer and unit of width, bf16 autocast over an fp32 residual
 # stream, compiled: fitted to the 16.7, 31.1 and 60.0 GiB that the NoCap baseline takes at 32, 64 and 128
-# rows of 1,024 (one H200, torch 2.11).
+# rows of 1,024 (one H200, torch 2.11). Of `fast` (32 rows of 2,048) and `fast-24gb` (15 layers, 8 rows),
+# whose heads hold few logits, 29.0 and 12.7 GiB were measured and are estimated as 28.0 and 13.5.
 ACTIVATION_BYTES = 30
 # Weights, gradients and two AdamW moments in fp32, and a bf16 copy of the weights.
 PARAMETER_BYTES = 18
@@ -60,7 +61,7 @@ def memory_estimate(
     """Bytes that training takes with micro-batches of `tokens` tokens; `wide` when products are fp32."""
     factor = 2 if wide else 1
     extra = objective.extra_heads() if objective else 0
-    per_token = (spec.layers + extra) * spec.dim * ACTIVATION_BYTES * factor
-    per_token += (1 + extra) * spec.vocab_size * LOGIT_BYTES * factor
+    activations = tokens * (spec.layers + extra) * spec.dim * ACTIVATION_BYTES
+    logits = min(tokens, spec.head.logit_tokens or tokens) * (1 + extra) * spec.vocab_size * LOGIT_BYTES
     parameters = num_parameters(spec) + (objective_parameters(objective, spec) if objective else 0)
-    return parameters * PARAMETER_BYTES + tokens * per_token
+    return parameters * PARAMETER_BYTES + (activations + logits) * factor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.kernels.backend import KernelBackend, choose_kernel, kernel_refusal
-from sabrage.kernels.cross_entropy import cross_entropy_head, cross_entropy_head_reference
+from sabrage.kernels.cross_entropy import CHUNK_TOKENS, cross_entropy_head, cross_entropy_head_reference
 from sabrage.kernels.sampled_columns import sizes_of
 from sabrage.model.ends import Projection, TableHead
 from sabrage.run.device import DeviceFacts
@@ -31,6 +31,8 @@ class FusedHead(TableHead):
     The `proposal` is uniform, or in proportion to the roots of the "counts" of all targets so far.
     """
 
+    # That of the kernel; the reference, which is for tests, holds all.
+    logit_tokens = CHUNK_TOKENS
     fp8: bool = False
     columns: int = 0
     sample_tokens: int = 0

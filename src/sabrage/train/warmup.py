@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from sabrage.parts import Batch, Knobs
 from sabrage.train.evaluate import Evaluator
@@ -34,7 +35,7 @@ def warm_up(
     When a device runs out of memory the micro-batch is halved on all of them, with a message, and every
     stage is run again. Raises ValueError where a single row does not fit.
     """
-    before = {name: tensor.clone() for name, tensor in session.tensors().items()}
+    before = {name: remembered(tensor) for name, tensor in session.tensors().items()}
     values = session.values()
     shapes: dict[tuple[int | None, ...], Knobs] = {}
     for knobs in stages:
@@ -63,6 +64,16 @@ def warm_up(
     if step.world.device.type == "cuda":
         torch.cuda.synchronize(step.world.device)
     return step.micro_tokens
+
+
+def remembered(tensor: Tensor) -> Tensor:
+    """A copy; of nothing but zeros, such as moments before the first step, one that takes no memory.
+
+    On a card of 24 GB copies of all moments would be what decides how many rows fit.
+    """
+    if tensor.is_floating_point() and not (tensor.any() or tensor.signbit().any()):
+        return tensor.new_zeros(()).expand(tensor.shape)
+    return tensor.clone()
 
 
 def rows_of(step: TrainStep, knobs: Knobs) -> tuple[int, int]:
