@@ -104,6 +104,11 @@ def compared(runs: Runs, reference: Runs, value: Measure) -> Estimate | None:
     return paired(before, after)
 
 
+def network_loss(run: Run) -> float | None:
+    """The loss of a blend's network alone; None without a blend."""
+    return result(run).get("network_loss")
+
+
 def steady(run: Run) -> float:
     """Tokens a second in the median stretch between two lines of the log, whatever disturbs a few."""
     return median(record["tokens_per_second"] for record in run.events("speed"))
@@ -129,6 +134,7 @@ def summarise(plan: StudyPlan, jobs: Sequence[Job], skipped: dict[str, str], *, 
     seconds = min((result(run)["train_seconds"] for run in runs), default=0.0)
     measures: dict[str, Measure] = {
         "loss": final_loss,
+        "network_loss": network_loss,
         "at_tokens": lambda run: curve(run).at_tokens(tokens),
         "at_seconds": lambda run: curve(run).at_seconds(seconds),
     }
@@ -147,7 +153,7 @@ def summarise(plan: StudyPlan, jobs: Sequence[Job], skipped: dict[str, str], *, 
         "recipe": next(iter(reference.values())).manifest["recipe"] if reference else None,
         "seeds": list(plan.seeds),
         "clocks": {clock: rows[0][clock] for clock in CLOCKS} if reference else None,
-        "columns": columns(plan, target),
+        "columns": columns(plan, target, blended=any(row["network_loss"] is not None for row in rows)),
         "rows": rows,
         "kind": plan.kind,
         "variants": {job.variant.name: [job.variant.recipe, *job.variant.sets] for job in jobs},
@@ -186,8 +192,8 @@ def row(
     return made
 
 
-def columns(plan: StudyPlan, target: float | None) -> list[dict[str, str]]:
-    """The columns of the table."""
+def columns(plan: StudyPlan, target: float | None, *, blended: bool) -> list[dict[str, str]]:
+    """The columns of the table; `blended` when networks have a loss of their own."""
     shown = [
         ("variant", "variant", ""),
         ("runs", "n", ""),
@@ -201,8 +207,13 @@ def columns(plan: StudyPlan, target: float | None) -> list[dict[str, str]]:
         ("tokens_per_second", "tokens/s", ",.0f"),
         ("speed", "speed", ".3f"),
     ]
+    if blended:
+        shown[6:6] = [
+            ("network_loss", "of the network alone", ".4f"),
+            ("network_loss_difference", "difference", "+.4f"),
+        ]
     if target is not None:
-        shown.insert(8, ("seconds_to_target", f"seconds to {target:.4f}", ".1f"))
+        shown.insert(-3, ("seconds_to_target", f"seconds to {target:.4f}", ".1f"))
     if plan.target is not None:
         shown.insert(6, ("p_below_target", f"p below {plan.target}", ".2g"))
     return [{"key": key, "title": title, "format": form} for key, title, form in shown]
