@@ -13,8 +13,10 @@
 #   ablate     each trick of `fast` left out alone, over TOKENS tokens, one seed, two runs a card at a time, of
 #              which one trains while the other compiles (1.5 a trick and card)
 # and, only when named:
-#   screen     seven changes of its rates and schedules at once, in eight whole passes, or of TOKENS tokens (32)
-#   try        six changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
+#   screen     eleven changes of `fast` at once, in twelve whole passes, or of TOKENS tokens; like ablate two runs
+#              a card at a time (55)
+#   leave      the five tricks that matter most left out alone over a whole pass, with `fast` and `base` (30)
+#   try        three changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
 # they are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -26,7 +28,7 @@
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,27p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,29p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -37,24 +39,27 @@ visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,nohe
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 mkdir -p "$out/runs"
-# Why these: LOG.md, the gap to the target. Rates, schedules and moments alone, so that all runs share their graphs.
+# Why these: LOG.md, what each trick is worth. A layer costs 6.5% of a step and brought 0.0025.
+half='{"part":"Rotary","share":0.5}'
+offset() { printf 'model.mixers.%s.rotary=%s+model.mixers.%s.key_offset=true' "$1" "$half" "$1"; }
 changes=(
-  plan.lr.warmdown=650
-  'optim.4.optimizer.betas=[0.8,0.95]'
-  optim.4.optimizer.lr=0.004
-  optim.1.optimizer.lr=0.2+optim.2.optimizer.lr=0.02
-  'optim.0.optimizer.evens="longer"+optim.0.optimizer.variance_decay=0.9'
-  plan.momentum.last=0.93
-  optim.0.optimizer.lr=0.01
-)
-# Why these: LOG.md, 3.50 within 220 steps. All but the second have graphs of their own.
-tries=(
+  "$(offset 0)+$(offset 1)+$(offset 2)+$(offset 3)"
+  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
+  model.layers=11
+  model.wiring.tables=4
+  'plan.tokens_per_step.starts=[0,900]'
+  model.head.fp8=false
+  'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
   model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256+model.mixers.3.window=256
-  optim.4.optimizer.lr=0.004
   model.head.columns=16384
+  model.embedding.rows=131072
+  blend.candidates.hidden=128+blend.candidates.layers=2
+)
+# Why these: LOG.md, 3.50 within 220 steps. All but the first have graphs of their own.
+tries=(
+  optim.4.optimizer.lr=0.004
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
   model.layers=14
-  'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
 )
 # Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
 numbers=(
@@ -95,29 +100,33 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
-study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage that calls it
+study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study "$@" "${track[@]}" \
-    --out "$out/${FUNCNAME[1]}" --result "$out/${FUNCNAME[1]}.json"
+    --out "$out/$stage" --result "$out/$stage.json"
 }
 
-screen() {  # all changes of `fast` at once, eight runs over the cards
+screen() {  # all changes of `fast` at once, twelve runs over the cards
   local change words=()
   for change in "${changes[@]}"; do words+=(--change "$change"); done
   [ -z "${TOKENS:-}" ] || words+=(--tokens "$TOKENS")
-  study screen fast "${words[@]}" --inline
+  study screen fast "${words[@]}" --parallel $((2 * ${#cards[@]}))
 }
 
-ablate() {  # `fast` without each of its tricks
-  local part change words=()
-  # What these differ by is left out piece by piece, the last four are not worth a run.
-  for part in data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend \
-    MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise; do
-    words+=(--keep "$part")
-  done
-  for change in "${numbers[@]}"; do words+=(--also "$change"); done
-  study ablate fast --base base --alone --tokens "${TOKENS:-47185920}" --seeds 1 "${words[@]}" \
+# What `fast` and `base` differ by, whole parts first, which are left out piece by piece.
+parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
+# Not worth a run.
+small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
+rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales LayerSkips
+  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
+
+without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
+  study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \
     --set budget.evaluate_every=726 --parallel $((2 * ${#cards[@]}))
 }
+
+ablate() { without --tokens "${TOKENS:-47185920}" "${numbers[@]/#/--also=}"; }
+
+leave() { without "${rest[@]/#/--keep=}"; }
 
 try() {  # each change alone, as many runs at a time as there are cards
   study compare fast "${tries[@]/#/fast+}" --seeds 1
@@ -134,6 +143,7 @@ run() {
     screen) screen ;;
     try) try ;;
     ablate) ablate ;;
+    leave) leave ;;
     *) echo "no stage $1" >&2; return 2 ;;
   esac
 }
