@@ -1,8 +1,11 @@
 """The gate: what it starts as, and that it learns whom to trust."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
+from sabrage.blend import replay
 from sabrage.blend.blend import Blend
 from sabrage.blend.evidence import Evidence
 from sabrage.blend.gate import HEAD_START, Gate, fit
@@ -70,3 +73,20 @@ def test_a_large_vocabulary_is_told():
     assert Blend().unfit_vocabulary(50_304) == []
     assert "text_orders=0" in Blend().unfit_vocabulary(100_000)[0]
     assert Blend(text_orders=0).unfit_vocabulary(100_000) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fitting_by_a_graph_is_fitting(trustworthy, monkeypatch):
+    evidence, right_N = trustworthy
+    there = Evidence(*(getattr(evidence, field.name).cuda() for field in fields(evidence)[:4]))
+    settings = {"hidden": 8, "steps": 150, "batch": 512, "lr": 0.02, "seed": 1}
+    gate, again = fit(there, **settings), fit(there, **settings)
+    monkeypatch.setattr(replay, "CALLS_BEFORE", 1000)
+    plain = fit(there, **settings)
+    assert -gate(there).mean() < 0.45
+    assert gate.shares(there).exp()[right_N.cuda(), 1].mean() > 0.8
+    for one, same, other in zip(gate.parameters(), again.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, same)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        assert one.grad is None

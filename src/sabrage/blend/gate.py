@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sabrage.blend.evidence import Evidence
+from sabrage.blend.replay import Replay
 from sabrage.blend.rescoring import Rescoring
 
 # The network's share before anything is fitted: e^3 parts to one of each expert.
@@ -85,13 +86,33 @@ def fit(
             evidence, hidden=hidden, rescoring_hidden=rescoring_hidden, rescoring_layers=rescoring_layers
         ).to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.01)
-    falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 1.5 * (1 - step / steps)))
-    for _ in range(steps):
-        chosen = torch.randint(len(evidence), (batch,), device=device, generator=generator)
+    chosen = torch.empty(batch, dtype=torch.int64, device=device)
+    recorded = device.type == "cuda"
+    # A graph reads the rate where it was, so that there it is a tensor that stays.
+    rate = torch.tensor(lr, device=device)
+    optimizer = torch.optim.AdamW(
+        gate.parameters(),
+        lr=rate if recorded else lr,
+        weight_decay=0.01,
+        fused=recorded,
+        capturable=recorded,
+    )
+
+    def update() -> None:
         loss = -gate(evidence[chosen]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        falls.step()
+
+    again = Replay(update, device, clear=optimizer.zero_grad)
+    for step in range(steps):
+        torch.randint(len(evidence), (batch,), device=device, generator=generator, out=chosen)
+        now = lr * min(1.0, 1.5 * (1 - step / steps))
+        if recorded:
+            rate.fill_(now)
+        else:
+            optimizer.param_groups[0]["lr"] = now
+        again()
+    # Gradients may lie in the memory of the graph, which ends here.
+    optimizer.zero_grad()
     return gate.requires_grad_(False)
