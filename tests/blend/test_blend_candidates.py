@@ -10,7 +10,7 @@ from sabrage.blend import candidates, evidence, neural
 from sabrage.blend.audit import fault, same
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Candidates, listed, offered
-from sabrage.blend.document import Occurrences
+from sabrage.blend.document import Occurrences, contexts
 from sabrage.blend.evidence import Evidence, depths, evidence_of, in_text
 from sabrage.blend.gate import Gate
 from sabrage.blend.grams import Grams
@@ -58,7 +58,8 @@ def found(rows, part=FEW):
     listed_NL = listed(part, grams, ORDERS, rows)
     listed_NL = torch.cat((listed_NL, cached(rows, CACHE, part.nearest)[2]), 1)
     says = network_says(lambda h_MD: h_MD @ HEAD, rows, None, listed_NL, part.likeliest)
-    return says.candidates[0], offered(rows, grams, counts, says.candidates, VOCABULARY, CACHE)
+    befores = contexts(candidates.DOCUMENT_ORDERS, rows, VOCABULARY)
+    return says.candidates[0], offered(rows, grams, counts, befores, says.candidates, VOCABULARY, CACHE)
 
 
 def places(rows):
@@ -112,7 +113,7 @@ def test_candidates_followed_in_the_text_or_are_likely(rows):
 
 def test_what_is_known_of_candidates_as_by_hand(rows):
     tokens_NC, of = found(rows)
-    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + (1 + ORDERS) + 5 + len(CACHE)
+    assert of.features_NCX.shape[2] == 1 + 2 * ORDERS + (1 + ORDERS) + 3 + len(CACHE)
     assert of.features_NCX.isfinite().all()
     for index, document, log_V, _ in places(rows):
         for column in (of.log_NC[index] > -torch.inf).nonzero()[:, 0].tolist():
@@ -129,7 +130,7 @@ def test_what_is_known_of_candidates_as_by_hand(rows):
                     backed = (hits + 8 * count**0.75 * backed) / (count + 8 * count**0.75)
                 smoothed.append(backed.log() / 4 + 1)
             expected += smoothed
-            for order in range(4):
+            for order in range(2):
                 # Where it stood after the last tokens, if there are so many.
                 last = document[len(document) - order :] if order <= len(document) else None
                 at = [at for at in range(max(order, 1), len(document)) if document[at] == token]
@@ -158,7 +159,7 @@ def test_without_a_counted_text_the_network_names_the_candidates(rows):
     part = replace(PART, text_orders=0, cache=())
     whole = evidence_of(part, None, lambda h_MD: h_MD @ HEAD, *table(rows), vocab_size=VOCABULARY)
     assert whole.candidates.log_NC.isfinite().all()
-    assert whole.candidates.features_NCX.shape == (3 * LENGTH, FEW.likeliest, 1 + 5)
+    assert whole.candidates.features_NCX.shape == (3 * LENGTH, FEW.likeliest, 1 + 3)
     nothing_listed = said(rows, replace(PART, candidates=replace(FEW, followers=0, nearest=0)))
     assert torch.equal(nothing_listed.candidates.log_NC, whole.candidates.log_NC)
     the_nearest = said(rows, replace(PART, text_orders=0, candidates=FEW)).candidates

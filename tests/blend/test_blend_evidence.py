@@ -8,7 +8,7 @@ import torch
 from sabrage.blend import audit, document, evidence, neural
 from sabrage.blend.audit import fault
 from sabrage.blend.blend import Blend
-from sabrage.blend.document import in_document
+from sabrage.blend.document import contexts, in_document
 from sabrage.blend.evidence import Evidence, depths, evidence_of, in_text
 from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cached, network_says
@@ -37,7 +37,7 @@ def places(rows):
 
 
 def test_a_document_is_counted_as_by_hand(rows):
-    found = in_document(4, rows, VOCABULARY)
+    found = in_document(contexts(4, rows, VOCABULARY), rows, VOCABULARY)
     for row, place, start, index in places(rows):
         for order in range(4):
             count = hits = 0

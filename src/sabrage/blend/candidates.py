@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sabrage.blend.columns import Columns
-from sabrage.blend.document import Occurrences, contexts
+from sabrage.blend.document import Occurrences
 from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cache_shares
 from sabrage.config import Part
@@ -26,8 +26,8 @@ from sabrage.config import Part
 PLACES_AT_ONCE = 16_384
 # What is less likely than e^-40 is as good as that to a linear layer.
 LEAST = -40.0
-# Contexts of 0 to 3 tokens in the document.
-DOCUMENT_ORDERS = 4
+# Contexts of 0 and 1 tokens in the document. Those of 2 and 3 bring nothing (see LOG.md).
+DOCUMENT_ORDERS = 2
 # How much a shorter context weighs beside one that occurs once, and how that grows with occurrences.
 STRENGTH, STRENGTH_POWER = 8.0, 0.75
 # What a cache gives to a token that it has not seen; sums in fp32 err by less.
@@ -95,6 +95,7 @@ def offered(
     rows: Rows,
     grams: Grams | None,
     counts: Sequence[Tensor],
+    befores: Sequence[Tensor],
     candidates: tuple[Tensor, Tensor],
     vocab_size: int,
     cache: Sequence[float] = (),
@@ -102,14 +103,12 @@ def offered(
     """What is known of `candidates`, their tokens and log-probabilities (N, C).
 
     `counts` are the occurrences (N,) of the contexts of 1, 2, ... tokens in the text of `grams`, 0 where
-    they are unknown. The features: the network's log-probability; what `followed` says; how often the
-    candidate stands earlier in the document, after the last 0 to 3 tokens, and how far back; its share of a
-    `cache` of each sharpness.
+    they are unknown, `befores` the document's contexts of 0, 1, ... tokens, by number. The features: the
+    network's log-probability; what `followed` says; how often the candidate stands earlier in the document,
+    after each of those contexts, and how far back; its share of a `cache` of each sharpness.
     """
     tokens_NC, log_NC = candidates
     target_N = rows.targets_BT.flatten()
-    # What stood before a token: its document, and the tokens before it there.
-    befores = contexts(DOCUMENT_ORDERS, rows, vocab_size)
     stood = [Occurrences(before_N * vocab_size + target_N) for before_N in befores]
     shares = cache_shares(rows, cache, tokens_NC) if cache else []
     place_N = torch.arange(len(target_N), device=target_N.device)

@@ -3,6 +3,8 @@
 Shapes: N places, M of them at once, C tokens that are asked for at each.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,9 @@ def contexts(orders: int, rows: Rows, vocab_size: int) -> list[Tensor]:
     return keys[:orders]
 
 
-def in_document(orders: int, rows: Rows, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    """(count, hits) of contexts of 0 to `orders` - 1 tokens in the document so far, (N,) each."""
+def in_document(keys: Sequence[Tensor], rows: Rows, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    """(count, hits) of `contexts` in the document so far, (N,) each."""
     targets_N = rows.targets_BT.flatten()
-    keys = contexts(orders, rows, vocab_size)
     return [(earlier(key_N), earlier(key_N * vocab_size + targets_N)) for key_N in keys]
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sabrage.blend.blend import Blend
-from sabrage.blend.candidates import Offered, listed, offered
+from sabrage.blend.candidates import DOCUMENT_ORDERS, Offered, listed, offered
 from sabrage.blend.columns import Columns
-from sabrage.blend.document import earlier, in_document
+from sabrage.blend.document import contexts, earlier, in_document
 from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cached, network_says
 
@@ -67,7 +67,8 @@ def evidence_of(
     text = in_text(grams, part.text_orders, rows) if grams is not None else []
     counts = [(count_N, hits_N) for count_N, hits_N, _ in text]
     features = [seen_NX for _, _, seen_NX in text]
-    for count_N, hits_N in in_document(part.document_orders, rows, vocab_size):
+    befores = contexts(max(part.document_orders, DOCUMENT_ORDERS), rows, vocab_size)
+    for count_N, hits_N in in_document(befores[: part.document_orders], rows, vocab_size):
         counts.append((count_N, hits_N))
         features.append(tamed(count_N)[:, None])
     logs = [(hits_N / count_N.clamp(min=1)).log() for count_N, hits_N in counts]
@@ -96,8 +97,8 @@ def evidence_of(
     table = torch.stack(logs, 1), torch.stack(known, 1), torch.cat(features, 1), says.log_N
     if says.candidates is None:
         return Evidence(*table)
-    text_counts = [count_N for count_N, _, _ in text]
-    return Evidence(*table, offered(rows, grams, text_counts, says.candidates, vocab_size, part.cache))
+    counted = [count_N for count_N, _, _ in text], befores[:DOCUMENT_ORDERS]
+    return Evidence(*table, offered(rows, grams, *counted, says.candidates, vocab_size, part.cache))
 
 
 def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
