@@ -44,6 +44,10 @@ def test_the_fourth_call_is_recorded_and_replayed_from_then_on(monkeypatch):
         again()
     recorded = ["clear", "begin thread_local", "work", "end"]
     assert done == ["work"] * CALLS_BEFORE + recorded + ["replay"] * 3
+    monkeypatch.setattr(replay.torch.cuda, "synchronize", lambda device: done.append("wait"))
+    again.end()
+    assert done[-2:] == ["wait", "clear"]
+    assert again.graph is None
 
 
 @pytest.mark.gpu
@@ -67,6 +71,7 @@ def test_a_replayed_optimizer_step_is_the_step():
             rate.fill_(0.1 / (1 + step))
             again()
         assert (again.graph is None) == (calls_before > 20)
+        again.end()
         return layer.weight.detach().clone()
 
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -113,6 +113,5 @@ def fit(
         else:
             optimizer.param_groups[0]["lr"] = now
         again()
-    # Gradients may lie in the memory of the graph, which ends here.
-    optimizer.zero_grad()
+    again.end()
     return gate.requires_grad_(False)

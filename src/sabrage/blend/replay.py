@@ -39,6 +39,13 @@ class Replay:
         if self.graph is not None:
             self.graph.replay()
 
+    def end(self) -> None:
+        """Waits for the device and frees the graph, which must not go while it runs."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.device)
+            self.graph = None
+            self.clear()
+
     def aside(self, stream: torch.cuda.Stream) -> None:
         """Does the work on a stream of its own, or records it there, which does nothing yet."""
         usual = torch.cuda.current_stream(self.device)
