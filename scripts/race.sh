@@ -115,8 +115,9 @@ screen() {  # all changes of `fast` at once, twelve runs over the cards
 parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
 # Not worth a run.
 small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
-rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales LayerSkips
-  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
+# Worth no whole pass.
+rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales
+  LayerSkips FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \

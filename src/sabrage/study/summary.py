@@ -231,7 +231,7 @@ def notes(plan: StudyPlan, runs: Sequence[Run], num_comparisons: int) -> list[st
     """What limits the conclusions, in sentences."""
     found = cautions(runs)
     if len(plan.seeds) < 2:
-        found.append("one seed: this screens, it proves nothing")
+        found.append("one seed: this screens, it proves nothing; on several GPUs speeds compare them, too")
     if num_comparisons >= MANY_COMPARISONS:
         found.append(f"{num_comparisons} comparisons at 95%: expect one in twenty by chance alone")
     times = [result(run)["train_seconds"] for run in runs]
