@@ -22,7 +22,9 @@ def test_off_cuda_it_is_the_work_itself():
     assert done == ["work"] * 6
 
 
-def test_the_fourth_call_is_recorded_and_replayed_from_then_on(monkeypatch):
+@pytest.fixture
+def done(monkeypatch):
+    """What a CUDA that only notes it was asked for."""
     done = []
 
     class Graph:
@@ -39,15 +41,37 @@ def test_the_fourth_call_is_recorded_and_replayed_from_then_on(monkeypatch):
     monkeypatch.setattr(replay.torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(replay.torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(replay.torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(replay.torch.cuda, "synchronize", lambda device: done.append("wait"))
+    return done
+
+
+def test_the_fourth_call_is_recorded_and_replayed_from_then_on(done):
     again = Replay(lambda: done.append("work"), CUDA, clear=lambda: done.append("clear"))
     for _ in range(CALLS_BEFORE + 3):
         again()
     recorded = ["clear", "begin thread_local", "work", "end"]
     assert done == ["work"] * CALLS_BEFORE + recorded + ["replay"] * 3
-    monkeypatch.setattr(replay.torch.cuda, "synchronize", lambda device: done.append("wait"))
     again.end()
     assert done[-2:] == ["wait", "clear"]
     assert again.graph is None
+
+
+def test_work_that_cannot_be_recorded_is_done_all_the_same(done):
+    def work():
+        if done[-1:] == ["begin thread_local"]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        done.append("work")
+
+    again = Replay(work, CUDA, clear=lambda: done.append("clear"))
+    for _ in range(CALLS_BEFORE):
+        again()
+    with pytest.warns(UserWarning, match="no CUDA graph, which is slower: operation not permitted"):
+        again()
+    again()
+    failed = ["clear", "begin thread_local", "end", "clear"]
+    assert done == ["work"] * CALLS_BEFORE + failed + ["work", "work"]
+    again.end()
+    assert "wait" not in done
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ in torch's notes on CUDA: what is recorded reads and writes the same memory ever
 are written into tensors that stay.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -54,10 +55,24 @@ class Replay:
             if self.calls <= CALLS_BEFORE:
                 self.work()
             else:
-                self.clear()
-                self.graph = graph = torch.cuda.CUDAGraph()
-                # Other threads, such as that of the loader, may go on asking for memory.
-                graph.capture_begin(capture_error_mode="thread_local")
-                self.work()
-                graph.capture_end()
+                self.record()
         usual.wait_stream(stream)
+
+    def record(self) -> None:
+        """Makes the graph; where the device refuses, the work is done as it is, from now on."""
+        self.clear()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as that of the loader, may go on asking for memory.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.work()
+            finally:
+                graph.capture_end()
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph, which is slower: {error}", stacklevel=2)
+            self.stream = None
+            self.clear()
+            self.work()
+        else:
+            self.graph = graph
