@@ -38,6 +38,7 @@ read -ra seeds <<<"${SEEDS:-0 1}"
 visible=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ',')}
 read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
+lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
 # Why these: LOG.md, what each trick is worth. Seven that save time, and four that may save loss, by which a layer
 # (6.5% of a step for 0.0025) can be spared.
@@ -105,10 +106,7 @@ study() {  # KIND WORDS...: on the cards; its folder and result file are named b
 }
 
 screen() {  # all changes of `fast` at once, twelve runs over the cards
-  local change words=()
-  for change in "${changes[@]}"; do words+=(--change "$change"); done
-  [ -z "${TOKENS:-}" ] || words+=(--tokens "$TOKENS")
-  study screen fast "${words[@]}" --parallel $((2 * ${#cards[@]}))
+  study screen fast "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} --parallel "$lanes"
 }
 
 # What `fast` and `base` differ by, whole parts first, which are left out piece by piece.
@@ -121,7 +119,7 @@ rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHa
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \
-    --set budget.evaluate_every=726 --parallel $((2 * ${#cards[@]}))
+    --set budget.evaluate_every=726 --parallel "$lanes"
 }
 
 ablate() { without --tokens "${TOKENS:-47185920}" "${numbers[@]/#/--also=}"; }

@@ -21,6 +21,7 @@ from sabrage.study.summary import summarise
 DEEP = "demo+model.layers=8"
 BROKEN = "demo+model.layers=3"
 LONG = "demo+budget.checkpoint_every=7"
+AS_LONG = f"{LONG}+budget.log_every=3"
 
 
 def compare(*recipes, **fields):
@@ -80,12 +81,12 @@ def test_a_failed_run_is_tried_again_by_the_next_call(program, calls, tmp_path):
     assert calls() == ["demo--seed-0", f"{BROKEN}--seed-0", f"{BROKEN}--seed-0"]
 
 
-def stop_when_saved(folder):
-    """A watch that interrupts this process once a run in `folder` has a checkpoint."""
+def stop_when_saved(folder, runs=1):
+    """A watch that interrupts this process once so many runs in `folder` have a checkpoint."""
     left = [signal.SIGTERM]
 
     def watch():
-        if left and list(folder.rglob("step-00000001")):
+        if left and len(list(folder.rglob("step-00000001"))) == runs:
             os.kill(os.getpid(), left.pop())
 
     return watch
@@ -153,14 +154,9 @@ def test_processes_of_one_gpu_take_turns(monkeypatch, num_gpus):
 def test_places_that_take_turns_share_a_block_and_others_do_not(program, calls, tmp_path):
     def run(turns, folder):
         # Each waits until it is stopped, so that no place gets a second job.
-        long = [parse_variant(LONG), parse_variant("demo+budget.checkpoint_every=7+budget.log_every=3")]
+        long = [parse_variant(LONG), parse_variant(AS_LONG)]
         launcher, blocks = Local(program=program), blocks_of(tmp_path / folder, long, (0, 1))
-
-        def watch():
-            if left and len(list((tmp_path / folder).rglob("step-00000001"))) == 2:
-                os.kill(os.getpid(), left.pop())
-
-        left = [signal.SIGTERM]
+        watch = stop_when_saved(tmp_path / folder, runs=2)
         assert not run_blocks(blocks, launcher=launcher, places=turns, watch=watch)
         return [[job.state() for job in block] for block in blocks]
 
@@ -171,14 +167,8 @@ def test_places_that_take_turns_share_a_block_and_others_do_not(program, calls, 
 
 def test_variants_of_a_single_seed_may_each_have_a_place(program, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "places", lambda self: [{"PLACE": "0"}, {"PLACE": "1"}])
-    plan = compare(LONG, "demo+budget.checkpoint_every=7+budget.log_every=3", seeds=(0,))
-    left = [signal.SIGTERM]
-
-    def watch(board):
-        if left and len(list(tmp_path.rglob("step-00000001"))) == 2:
-            os.kill(os.getpid(), left.pop())
-
-    monkeypatch.setattr(Board, "__call__", watch)
+    plan, watch = compare(LONG, AS_LONG, seeds=(0,)), stop_when_saved(tmp_path, runs=2)
+    monkeypatch.setattr(Board, "__call__", lambda board: watch())
     with pytest.raises(KeyboardInterrupt):
         run_study(plan, tmp_path / "study", Local(program=program))
     assert len(calls()) == 2

@@ -31,7 +31,7 @@ class FusedHead(TableHead):
     The `proposal` is uniform, or in proportion to the roots of the "counts" of all targets so far.
     """
 
-    # That of the kernel; the reference, which is for tests, holds all.
+    # That of the kernel; the reference holds all.
     logit_tokens = CHUNK_TOKENS
     fp8: bool = False
     columns: int = 0

@@ -195,16 +195,21 @@ class Local(Launcher):
         return run_blocks(blocks, launcher=self, places=self.places(), watch=watch)
 
     def places(self) -> list[dict[str, str]]:
-        """The environment that each process gets: its GPU, where there are several."""
+        """The environment that each process gets: its GPU, where there are several, and its turns."""
         num_gpus = torch.cuda.device_count()
         if num_gpus == 0:
             return [{} for _ in range(self.parallel or 1)]
         visible = os.environ.get(GPU)
         names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
         count = self.parallel or num_gpus
-        turns = [{TURN: str(turn_file(name))} if count > num_gpus else {} for name in names]
-        gpus = [{GPU: name} if num_gpus > 1 else {} for name in names]
-        return [gpus[index % num_gpus] | turns[index % num_gpus] for index in range(count)]
+        places: list[dict[str, str]] = [{} for _ in range(count)]
+        for index, place in enumerate(places):
+            name = names[index % num_gpus]
+            if num_gpus > 1:
+                place[GPU] = name
+            if count > num_gpus:
+                place[TURN] = str(turn_file(name))
+        return places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from sabrage.model.lm import LM
 from sabrage.optim.groups import assign, matches
 from sabrage.recipe import Recipe
 from sabrage.recipes import changed, written
-from sabrage.study.changes import assignment, by_owner, changes, tricks
+from sabrage.study.changes import Change, assignment, by_owner, changes, tricks
 from sabrage.train.step import Learner
 
 
@@ -146,13 +146,15 @@ def ablation(
     unknown = set(keep) - set(back | inner)
     if unknown:
         raise StudyError(f"got {', '.join(sorted(unknown))} to keep, allowed: {', '.join(back | inner)}")
+    by_hand = [parse_variant(f"{recipe}+{change}", common) for change in also]
+    made_already: list[Change] = []
+    changing = [("with", each, each.make(), each.name, made_already) for each in by_hand]
     leaving_out = [("without", full, whole, part, group) for part, group in (back | inner).items()]
     adding_in = [] if alone else [("only", bare, least, part, group) for part, group in forth.items()]
-    candidates = [each for each in (*leaving_out, *adding_in) if each[3] not in keep]
+    candidates = [each for each in (*changing, *leaving_out, *adding_in) if each[3] not in keep]
     tokens = whole.plan.tokens()
     made = {full.name: whole, bare.name: fitted(least, tokens=tokens)}
-    by_hand = [parse_variant(f"{recipe}+{change}", common) for change in also]
-    variants, skipped = [full, *(replace(each, name=f"with {each.name}") for each in by_hand)], {}
+    variants, skipped = [full], {}
     for how, start, recipe_then, part, group in candidates:
         name = f"{how} {part}"
         try:

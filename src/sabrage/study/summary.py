@@ -26,6 +26,11 @@ from sabrage.study.statistics import (
 
 CLOCKS = ("train_seconds", "nocap_seconds", "wall_seconds")
 MANY_COMPARISONS = 5
+# Columns of studies in which networks have a loss of their own.
+NETWORK = [
+    ("network_loss", "of the network alone", ".4f"),
+    ("network_loss_difference", "difference", "+.4f"),
+]
 Runs = dict[int, Run]
 Measure = Callable[[Run], float | None]
 
@@ -201,21 +206,15 @@ def columns(plan: StudyPlan, target: float | None, *, blended: bool) -> list[dic
         ("loss_difference", "difference", "+.4f"),
         ("loss_half", "±95%", ".4f"),
         ("loss_p", "p", ".2g"),
+        *([("p_below_target", f"p below {plan.target}", ".2g")] if plan.target is not None else []),
+        *(NETWORK if blended else []),
         ("at_tokens", "loss at equal tokens", ".4f"),
         ("at_seconds", "loss at equal seconds", ".4f"),
+        *([("seconds_to_target", f"seconds to {target:.4f}", ".1f")] if target is not None else []),
         ("train_seconds", "train seconds", ".1f"),
         ("tokens_per_second", "tokens/s", ",.0f"),
         ("speed", "speed", ".3f"),
     ]
-    if blended:
-        shown[6:6] = [
-            ("network_loss", "of the network alone", ".4f"),
-            ("network_loss_difference", "difference", "+.4f"),
-        ]
-    if target is not None:
-        shown.insert(-3, ("seconds_to_target", f"seconds to {target:.4f}", ".1f"))
-    if plan.target is not None:
-        shown.insert(6, ("p_below_target", f"p below {plan.target}", ".2g"))
     return [{"key": key, "title": title, "format": form} for key, title, form in shown]
 
 
