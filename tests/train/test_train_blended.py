@@ -59,7 +59,7 @@ def parts(blending, one_thread):
 def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted, fitted = [], []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
     monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
     blended.blend(blending, evaluator, corpus, 12, say=print)
     stream = corpus.train.shards[0].astype(np.int64)
@@ -70,7 +70,7 @@ def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeyp
 def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted = []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
     recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128 + 5))
     blended.counted(recipe, evaluator, corpus, 12)
     assert np.array_equal(counted[0].numpy(), corpus.train.shards[0][9 * 128 : 12 * 128].astype(np.int64))
@@ -79,7 +79,7 @@ def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
 def test_text_that_was_not_trained_on_is_counted_as_well(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted, fitted = [], []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
     monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
     recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128, unseen_tokens=200))
     blended.blend(recipe, evaluator, corpus, 12, say=print)
@@ -99,7 +99,7 @@ def test_unseen_tokens_must_be_there(run_recipe, blending):
 
 
 def test_a_run_out_of_memory_at_its_end_is_not_lost(run_recipe, monkeypatch, blending, capsys):
-    def large(text_N, size):
+    def large(text_N, size, gaps):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(blended, "Grams", large)

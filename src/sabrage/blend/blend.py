@@ -55,6 +55,8 @@ class Blend(Part):
             found.append(
                 f"blend.unseen_tokens={self.unseen_tokens}, allowed: 0 or more, and 0 where text_orders=0"
             )
+        if self.gaps() and not self.text_orders:
+            found.append("blend.candidates.gaps needs a counted text and text_orders=0 has none; set either")
         if any(b <= 0 for b in self.cache):
             found.append(f"blend.cache={self.cache} must be above 0")
         return found + [
@@ -62,6 +64,10 @@ class Blend(Part):
             for name in ("text_tokens", "held_out", "hidden", "steps", "batch", "lr")
             if getattr(self, name) <= 0
         ]
+
+    def gaps(self) -> tuple[tuple[int, ...], ...]:
+        """The contexts with gaps that are counted."""
+        return self.candidates.gaps if self.candidates else ()
 
     def num_experts(self) -> int:
         return self.text_orders + self.document_orders + self.seen + len(self.cache)

@@ -10,7 +10,7 @@ all that is known of them, depends on the context alone.
 Shapes: N places, M of them at once, C candidates of a place, X features of each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sabrage.blend.columns import Columns
 from sabrage.blend.document import Occurrences
-from sabrage.blend.grams import Grams
-from sabrage.blend.neural import Rows, cache_shares
+from sabrage.blend.grams import FOUR, Grams
+from sabrage.blend.neural import Rows, cache_shares, flat
 from sabrage.config import Part
 
 # Places whose candidates are looked up at once: 8 MB of numbers of 64 bits, some thirty times over.
@@ -40,12 +40,15 @@ class Candidates(Part):
     the blend has a cache, what followed the `nearest` states of the document.
 
     `layers` of `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 4.5 KB,
-    of which the features of its 72 candidates are the most.
+    of which the features of its 72 candidates are the most. They are also looked up after contexts with
+    `gaps`: (4, 2, 1) is the last two tokens and the fourth before the next one. Each costs 8 bytes a counted
+    token, thrice that and more for a moment, and 0.3 KB a held-out one.
     """
 
     followers: int = 6
     likeliest: int = 22
     nearest: int = 8
+    gaps: tuple[tuple[int, ...], ...] = ()
     hidden: int = 64
     layers: int = 1
 
@@ -54,6 +57,11 @@ class Candidates(Part):
             f"candidates.{name}={getattr(self, name)} must be above 0"
             for name in ("likeliest", "hidden", "layers")
             if getattr(self, name) <= 0
+        ]
+        found += [
+            f"candidates.gaps has {list(back)}: name 1 to {FOUR - 1} distances above 0, the farthest first"
+            for back in self.gaps
+            if not 0 < len(back) < FOUR or list(back) != sorted(set(back), reverse=True) or back[-1] < 1
         ]
         return found + [
             f"candidates.{name}={getattr(self, name)}, allowed: 0 or more"
@@ -84,7 +92,7 @@ def listed(part: Candidates, grams: Grams | None, orders: int, rows: Rows) -> Te
     found = [rows.tokens_BT.new_empty(rows.tokens_BT.numel(), 0)]
     if grams is not None and part.followers:
         for order in range(1, orders + 1):
-            run = [token_BT.flatten() for token_BT in rows.context(order)]
+            run = flat(rows.context(order))
             tokens_NM, known_N = grams.followers(run, part.followers)
             known_N = known_N & (rows.depth_BT >= order).flatten()
             found.append(torch.where(known_N[:, None], tokens_NM, -1))
@@ -99,20 +107,24 @@ def offered(
     candidates: tuple[Tensor, Tensor],
     vocab_size: int,
     cache: Sequence[float] = (),
+    apart: Sequence[Tensor] = (),
 ) -> Offered:
     """What is known of `candidates`, their tokens and log-probabilities (N, C).
 
     `counts` are the occurrences (N,) of the contexts of 1, 2, ... tokens in the text of `grams`, 0 where
-    they are unknown, `befores` the document's contexts of 0, 1, ... tokens, by number. The features: the
-    network's log-probability; what `followed` says; how often the candidate stands earlier in the document,
-    after each of those contexts, and how far back; its share of a `cache` of each sharpness.
+    they are unknown, `apart` those of its contexts with gaps, and `befores` the document's contexts of 0, 1,
+    ... tokens, by number. The features: the network's log-probability; what `followed` says; how often the
+    candidate stands earlier in the document, after each of those contexts, and how far back; its share of a
+    `cache` of each sharpness; what is counted `after` each context with gaps.
     """
     tokens_NC, log_NC = candidates
     target_N = rows.targets_BT.flatten()
     stood = [Occurrences(before_N * vocab_size + target_N) for before_N in befores]
     shares = cache_shares(rows, cache, tokens_NC) if cache else []
     place_N = torch.arange(len(target_N), device=target_N.device)
-    runs = [[x_BT.flatten() for x_BT in rows.context(order)] for order in range(1, len(counts) + 1)]
+    runs = [flat(rows.context(order)) for order in range(1, len(counts) + 1)]
+    gapped = list(grams.gapped) if grams is not None else []
+    apart_runs = [flat(rows.back(table.back)) for table in gapped]
     pieces = []
     for at in range(0, len(place_N), PLACES_AT_ONCE):
         piece = slice(at, at + PLACES_AT_ONCE)
@@ -129,6 +141,8 @@ def offered(
             if not order:
                 seen.append(torch.where(back_MC > 0, 1 - back_MC.float().log() / 8, 0.0))
         seen += [(share_NC[piece].clamp(min=0) + LEAST_SHARE).log() / 4 + 1 for share_NC in shares]
+        for table, run, count_N in zip(gapped, apart_runs, apart, strict=True):
+            seen += after(table.count, [x_N[piece] for x_N in run], count_N[piece], tokens_MC)[2]
         features_MCX = torch.stack(seen, 2)
         pieces.append(features_MCX.half() if features_MCX.is_cuda else features_MCX)
     same_NC = tokens_NC == target_N[:, None]
@@ -141,24 +155,38 @@ def followed(
 ) -> list[Tensor]:
     """What the text says of tokens after contexts of 1, 2, ... tokens that occur `counts` times, (M, C) each.
 
-    Of every context how often they followed, and in what share, 0 where it is unknown; of all together their
-    probability backed off, p_k = (hits_k + s_k p_k-1) / (count_k + s_k), from their own frequency on. That
-    is a hierarchy of Dirichlet distributions (MacKay and Peto 1995, Natural Language Engineering 1(3)); by
-    held-out text its strength is s = 8 count^0.75, much the same for all lengths. All are of about unit size.
+    Of every context what `after` says, and of all together their probability backed off,
+    p_k = (hits_k + s_k p_k-1) / (count_k + s_k), from their own frequency on. That is a hierarchy of
+    Dirichlet distributions (MacKay and Peto 1995, Natural Language Engineering 1(3)); by held-out text its
+    strength is s = 8 count^0.75, much the same for all lengths. All are of about unit size.
     """
     own_MC, _ = grams.count([tokens_MC])
     backed_MC = (own_MC + 0.5) / (grams.size + 0.5 * grams.vocab_size)
     found, smoothed = [], [backed_MC.log() / 8 + 1]
     for run, count_M in zip(runs, counts, strict=True):
-        known = count_M.nonzero()[:, 0]
+        known, hits_KC, features = after(lambda asked: grams.count(asked)[0], run, count_M, tokens_MC)
+        found += features
         count_K1 = count_M[known, None]
-        hits_KC, _ = grams.count([*(token_M[known, None] for token_M in run), tokens_MC[known]])
-        share_KC = (hits_KC + 0.05) / (count_K1 + 1)
-        for feature_KC in (hits_KC.float().log1p() / 4, share_KC.log() / 4 + 1):
-            feature_MC = torch.zeros(tokens_MC.shape, device=tokens_MC.device)
-            found.append(feature_MC.index_copy_(0, known, feature_KC))
         strength_K1 = STRENGTH * count_K1.float() ** STRENGTH_POWER
         backed_KC = (hits_KC + strength_K1 * backed_MC[known]) / (count_K1 + strength_K1)
         backed_MC = backed_MC.index_copy(0, known, backed_KC)
         smoothed.append(backed_MC.log() / 4 + 1)
     return found + smoothed
+
+
+def after(
+    counting: Callable[[Sequence[Tensor]], Tensor], run: Sequence[Tensor], count_M: Tensor, tokens_MC: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What `counting` says of tokens after a context of one length, a `run`, that occurs `count_M` times.
+
+    (places that know their context, (K,); how often the tokens followed there, (K, C); that number and in
+    what share, as features, 0 where the context is unknown, (M, C) each).
+    """
+    known = count_M.nonzero()[:, 0]
+    hits_KC = counting([*(token_M[known, None] for token_M in run), tokens_MC[known]])
+    share_KC = (hits_KC + 0.05) / (count_M[known, None] + 1)
+    features = []
+    for feature_KC in (hits_KC.float().log1p() / 4, share_KC.log() / 4 + 1):
+        feature_MC = torch.zeros(tokens_MC.shape, device=tokens_MC.device)
+        features.append(feature_MC.index_copy_(0, known, feature_KC))
+    return known, hits_KC, features

@@ -71,6 +71,8 @@ def evidence_of(
     for count_N, hits_N in in_document(befores[: part.document_orders], rows, vocab_size):
         counts.append((count_N, hits_N))
         features.append(tamed(count_N)[:, None])
+    apart = with_gaps(grams, rows)
+    features += [tamed(count_N)[:, None] for count_N in apart]
     logs = [(hits_N / count_N.clamp(min=1)).log() for count_N, hits_N in counts]
     known = [count_N > 0 for count_N, _ in counts]
     first_BT = None
@@ -98,7 +100,8 @@ def evidence_of(
     if says.candidates is None:
         return Evidence(*table)
     counted = [count_N for count_N, _, _ in text], befores[:DOCUMENT_ORDERS]
-    return Evidence(*table, offered(rows, grams, *counted, says.candidates, vocab_size, part.cache))
+    each = offered(rows, grams, *counted, says.candidates, vocab_size, part.cache, apart)
+    return Evidence(*table, each)
 
 
 def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -113,6 +116,14 @@ def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor,
         evenness_N = ways_N.clamp(min=1).log() - count_N.clamp(min=1).log()
         found.append((count_N, hits_N, torch.stack((tamed(count_N), tamed(ways_N), evenness_N), 1)))
     return found
+
+
+def with_gaps(grams: Grams | None, rows: Rows) -> list[Tensor]:
+    """Occurrences (N,) of each context with gaps, 0 where it begins before its document."""
+    return [
+        torch.where(rows.depth_BT >= table.back[0], table.count(rows.back(table.back)), 0).flatten()
+        for table in (grams.gapped if grams is not None else ())
+    ]
 
 
 def tamed(count_N: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact counts of every run of up to eight tokens of a text, in two sorted tables.
+"""Exact counts of every run of up to eight tokens of a text, in two sorted tables, and of runs with gaps.
 
 The text is a ring, so that every token has seven after it. A run of four tokens is one number, its digits to
 the base of the vocabulary. The distinct numbers, sorted, are the first table; a shorter run is all numbers
@@ -6,7 +6,10 @@ that begin with it, an interval. A run of eight is the pair of two places in tha
 the distinct pairs are the second table. So a count is the difference of two running totals, found by
 bisection, as in a suffix array (Liu et al. 2024, "Infini-gram", arXiv 2401.17377) cut off at eight tokens.
 
-N tokens take two sorts of N numbers of 64 bits and at most 24 N bytes.
+Contexts whose tokens do not all touch (skip-grams; Guthrie et al. 2006, "A closer look at skip-gram
+modelling", LREC) have a sorted table each, of the numbers that they make with the token after them.
+
+N tokens take two sorts of N numbers of 64 bits and at most 24 N bytes, and a sort and 8 N for each gap.
 """
 
 from collections.abc import Sequence
@@ -26,10 +29,11 @@ def largest_vocabulary() -> int:
 class Grams:
     """The counts of `text_N`, token ids below `vocab_size`, on its device.
 
+    Each of `gaps` says how far before the token that is counted those of a context stand, the farthest first.
     Raises ValueError for a vocabulary that is too large and for a text without tokens.
     """
 
-    def __init__(self, text_N: Tensor, vocab_size: int) -> None:
+    def __init__(self, text_N: Tensor, vocab_size: int, gaps: Sequence[Sequence[int]] = ()) -> None:
         if vocab_size > largest_vocabulary():
             raise ValueError(f"vocab_size={vocab_size}, allowed: up to {largest_vocabulary()}")
         if not len(text_N):
@@ -45,6 +49,8 @@ class Grams:
         del place_N
         self.eights, counts = torch.unique(pair_N, return_counts=True)
         self.eights_before = running(counts)
+        del pair_N, counts
+        self.gapped = [Gapped(text_N, vocab_size, back) for back in gaps]
 
     def count(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(occurrences, distinct ways to go on) of runs of 1 to 8 tokens, as many tensors.
@@ -97,6 +103,31 @@ class Grams:
         rest = self.interval(run[FOUR:]) if len(run) > FOUR else (0, places)
         low, high = (torch.searchsorted(self.eights, first * places + place) for place in rest)
         return low, torch.where(end > first, high, low)
+
+
+class Gapped:
+    """How often tokens of `text_N`, a ring, followed contexts whose tokens stand `back` before them."""
+
+    def __init__(self, text_N: Tensor, vocab_size: int, back: Sequence[int]) -> None:
+        assert 1 <= len(back) < FOUR, back
+        self.vocab_size, self.back = vocab_size, tuple(back)
+        number_N = text_N.long().roll(back[0])
+        for distance in (*back[1:], 0):
+            number_N = number_N * vocab_size + text_N.long().roll(distance)
+        self.numbers = number_N.sort().values
+
+    def count(self, run: Sequence[Tensor]) -> Tensor:
+        """Occurrences of contexts, as many tensors as `back`, or with the token after them, one more.
+
+        Their shapes are broadcast.
+        """
+        assert len(self.back) <= len(run) <= len(self.back) + 1, len(run)
+        number = run[0].long()
+        for token in run[1:]:
+            number = number * self.vocab_size + token.long()
+        width = self.vocab_size if len(run) == len(self.back) else 1
+        low, high = (torch.searchsorted(self.numbers, end * width) for end in (number, number + 1))
+        return high - low
 
 
 def running(counts: Tensor) -> Tensor:

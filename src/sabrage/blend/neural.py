@@ -8,7 +8,7 @@
   cache", arXiv 1612.04426), p(token) = sum over s < t with target_s = token of softmax_s(b cos(h_t, h_s)).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,11 @@ class Rows:
 
         Where fewer stand in the row, those before it come from its end: ask `depth_BT` first.
         """
-        return [self.tokens_BT.roll(back, 1) for back in range(length - 1, -1, -1)]
+        return self.back(range(length, 0, -1))
+
+    def back(self, distances: Iterable[int]) -> list[Tensor]:
+        """The tokens so far before the next one, (B, T) each; 1 is the present one. As in `context`."""
+        return [self.tokens_BT.roll(distance - 1, 1) for distance in distances]
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(row, first, end) of stretches that are worked on at once, all of them in order."""
@@ -53,6 +57,11 @@ class Rows:
         group_T = self.group_BT[row, :end]
         behind = time_T[first:, None] - time_T
         return (behind >= (0 if itself else 1)) & (group_T[first:, None] == group_T)
+
+
+def flat(run: Iterable[Tensor]) -> list[Tensor]:
+    """(N,) for each (B, T)."""
+    return [token_BT.flatten() for token_BT in run]
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -
                 first = blocks + in_blocks(corpus, part.held_out)
                 unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
                 text = np.concatenate((text, unseen))
-            made.grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size)
+            made.grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size, part.gaps())
     return made
 
 
