@@ -40,26 +40,26 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
-# Why these: LOG.md, what each trick is worth. Seven that save time, and four that may save loss, by which a layer
-# (6.5% of a step for 0.0025) can be spared.
+# Why these: LOG.md, what each trick is worth. Six that save time, by which a layer (6.5% of a step for 0.0025) can
+# be judged, and others that may save loss.
 changes=(
-  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
+  'model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"}]'
   'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
   model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256+model.mixers.3.window=256
   model.head.columns=16384
   model.embedding.rows=131072
   optim.0.optimizer.steps=4
-  model.layers=12
+  model.layers=10
   model.head.fp8=false
   model.head.softcap=20
   plan.lr.warmdown=1016
-  blend.candidates.hidden=128+blend.candidates.layers=2
+  blend.candidates.gaps=[]
 )
 # Why these: LOG.md, 3.50 within 220 steps. All but the first have graphs of their own.
 tries=(
   optim.4.optimizer.lr=0.004
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
-  model.layers=14
+  model.layers=12
 )
 # Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
 numbers=(
@@ -115,7 +115,7 @@ parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
 small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
 # Worth no whole pass.
 rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales
-  LayerSkips FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
+  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \
