@@ -113,7 +113,9 @@ def test_a_gate_learns_from_a_gap_what_nothing_else_tells():
     text_N[3::2] = text_N[:-3:2]
     losses = []
     for gaps in ((), ((3,),)):
-        part = Blend(text_orders=1, cache=(), seen=False, candidates=replace(PLAIN, likeliest=97, gaps=gaps))
+        part = Blend(
+            text_orders=1, cache=(), seen=False, candidates=replace(PLAIN, likeliest=97, most=97, gaps=gaps)
+        )
         grams = Grams(text_N[:4000], 97, gaps)
         rows_BT = text_N[4000:5956].view(12, 163)
         h_BTD = torch.zeros(12, 162, 1)

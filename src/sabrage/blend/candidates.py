@@ -37,17 +37,18 @@ LEAST_SHARE = 1e-3
 @dataclass(frozen=True, kw_only=True)
 class Candidates(Part):
     """`followers` tokens for each order of context in the counted text, the network's `likeliest`, and, where
-    the blend has a cache, what followed the `nearest` states of the document.
+    the blend has a cache, what followed the `nearest` states of the document; at `most` so many of all these.
 
-    `layers` of `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 4.5 KB,
-    of which the features of its 72 candidates are the most. They are also looked up after contexts with
+    `layers` of `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 3 KB, of
+    which the features of its 48 candidates are the most. They are also looked up after contexts with
     `gaps`: (4, 2, 1) is the last two tokens and the fourth before the next one. Each costs 8 bytes a counted
-    token, thrice that and more for a moment, and 0.3 KB a held-out one.
+    token, thrice that and more for a moment, and 0.2 KB a held-out one.
     """
 
     followers: int = 6
     likeliest: int = 22
     nearest: int = 8
+    most: int = 48
     gaps: tuple[tuple[int, ...], ...] = ()
     hidden: int = 64
     layers: int = 1
@@ -55,7 +56,7 @@ class Candidates(Part):
     def problems(self) -> list[str]:
         found = [
             f"candidates.{name}={getattr(self, name)} must be above 0"
-            for name in ("likeliest", "hidden", "layers")
+            for name in ("likeliest", "most", "hidden", "layers")
             if getattr(self, name) <= 0
         ]
         found += [

@@ -81,13 +81,13 @@ def evidence_of(
     if part.cache:
         nearest = part.candidates.nearest if part.candidates else 0
         log_NC, cache_NX, followers_NK = cached(rows, part.cache, nearest)
-    listed_NL, likeliest = None, 0
+    listed_NL, likeliest, most = None, 0, 0
     if part.candidates:
-        likeliest = part.candidates.likeliest
+        likeliest, most = part.candidates.likeliest, part.candidates.most
         listed_NL = listed(part.candidates, grams, part.text_orders, rows)
         if part.cache:
             listed_NL = torch.cat((listed_NL, followers_NK), 1)
-    says = network_says(head, rows, first_BT, listed_NL, likeliest)
+    says = network_says(head, rows, first_BT, listed_NL, likeliest, most)
     features.append(says.features_NX)
     if part.seen:
         logs.append(says.restricted_N)

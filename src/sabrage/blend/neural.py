@@ -83,10 +83,12 @@ def network_says(
     first_BT: Tensor | None,
     listed_NL: Tensor | None = None,
     likeliest: int = 0,
+    most: int = 0,
 ) -> Says:
     """`first_BT` tells where a token stands for the first time in its document; None: nothing restricted.
 
-    `listed_NL` are tokens, or -1, that are candidates beside the network's `likeliest`; None: no candidates.
+    `listed_NL` are tokens, or -1, that are candidates beside the network's `likeliest`, `most` of all of them
+    at a place; None: no candidates.
     """
     logs, restricted, features, candidates = [], [], [], []
     length = rows.tokens_BT.shape[1]
@@ -105,7 +107,7 @@ def network_says(
             seen.append(share_M)
         if listed_NL is not None:
             listed_ML = listed_NL[row * length + first : row * length + end]
-            candidates.append(union(log_MV, listed_ML, likeliest))
+            candidates.append(union(log_MV, listed_ML, likeliest, most))
         logs.append(log_M)
         features.append(torch.stack(seen, 1))
     log_N = torch.cat(logs)
@@ -118,16 +120,20 @@ def network_says(
     )
 
 
-def union(log_MV: Tensor, listed_ML: Tensor, likeliest: int) -> tuple[Tensor, Tensor]:
+def union(log_MV: Tensor, listed_ML: Tensor, likeliest: int, most: int) -> tuple[Tensor, Tensor]:
     """Each token that is listed or among the `likeliest` once, and its log-probability, (M, C) both.
 
-    They are sorted; a token of -1 and a log-probability of -inf stand for none.
+    Of more than `most` those that the network thinks likeliest are kept. A token of -1 and a log-probability
+    of -inf stand for none.
     """
     likely_MK = log_MV.topk(min(likeliest, log_MV.shape[1]), 1, sorted=False).indices
     sorted_MC = torch.cat((listed_ML, likely_MK), 1).sort(1).values
     again_MC = F.pad(sorted_MC[:, 1:] == sorted_MC[:, :-1], (1, 0))
     tokens_MC = sorted_MC.masked_fill(again_MC, -1)
     log_MC = log_MV.gather(1, tokens_MC.clamp(min=0)).masked_fill(tokens_MC < 0, -torch.inf)
+    if log_MC.shape[1] > most:
+        log_MC, kept_MC = log_MC.topk(most, 1)
+        tokens_MC = tokens_MC.gather(1, kept_MC)
     return tokens_MC, log_MC
 
 
