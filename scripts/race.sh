@@ -13,8 +13,8 @@
 #   ablate     each trick of `fast` left out alone, over TOKENS tokens, one seed, two runs a card at a time, of
 #              which one trains while the other compiles (1.5 a trick and card)
 # and, only when named:
-#   screen     eleven changes of `fast` at once, in twelve whole passes, or of TOKENS tokens; like ablate two runs
-#              a card at a time (55)
+#   screen     eleven changes at once of what `fast` may become, in twelve whole passes, or of TOKENS tokens;
+#              like ablate two runs a card at a time (55)
 #   leave      the five tricks that matter most left out alone over a whole pass, with `fast` and `base` (30)
 #   try        three changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
@@ -40,26 +40,32 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
-# Why these: LOG.md, what each trick is worth. Six that save time, by which a layer (6.5% of a step for 0.0025) can
-# be judged, and others that may save loss.
+# What `fast` may become, and what is screened on it. Why these: LOG.md, fewer layers, contexts with gaps. Five may
+# save time, where a layer saves 6% for 0.004; five are tricks left out; the last may save loss.
+next=(
+  model.layers=12
+  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
+  'blend.candidates={"part":"Candidates","gaps":[[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]],"hidden":128,"layers":2}'
+  blend.batch=8192
+)
 changes=(
-  'model.wiring.inner.skips=[{"part":"SkipScales"},{"part":"LayerSkips"}]'
+  'model.mixers.3={"part":"NoMixer"}'
   'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
-  model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256+model.mixers.3.window=256
+  model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256
   model.head.columns=16384
-  model.embedding.rows=131072
   optim.0.optimizer.steps=4
-  model.layers=10
   model.head.fp8=false
-  model.head.softcap=20
-  plan.lr.warmdown=1016
-  blend.candidates.gaps=[]
+  optim.0.optimizer.normuon=false
+  optim.0.optimizer.cautious=false
+  model.head.zero_init=false
+  plan.momentum=null
+  optim.4.optimizer.lr=0.004
 )
 # Why these: LOG.md, 3.50 within 220 steps. All but the first have graphs of their own.
 tries=(
   optim.4.optimizer.lr=0.004
   'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
-  model.layers=12
+  model.layers=14
 )
 # Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
 numbers=(
@@ -105,8 +111,9 @@ study() {  # KIND WORDS...: on the cards; its folder and result file are named b
     --out "$out/$stage" --result "$out/$stage.json"
 }
 
-screen() {  # all changes of `fast` at once, twelve runs over the cards
-  study screen fast "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} --parallel "$lanes"
+screen() {  # all changes at once, twelve runs over the cards
+  study screen fast "${next[@]/#/--set=}" "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} \
+    --parallel "$lanes"
 }
 
 # What `fast` and `base` differ by, whole parts first, which are left out piece by piece.
@@ -115,7 +122,7 @@ parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
 small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
 # Worth no whole pass.
 rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales
-  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
+  LayerSkips FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \

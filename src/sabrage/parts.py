@@ -5,7 +5,7 @@ file with one part in it. Shapes: B batch, T time, D model width, H heads, K hea
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,9 +100,9 @@ class Wiring(Part, ABC):
     A block has `mixer` and `feedforward`; what comes out is normalised, ready for the head.
     """
 
-    def gives_values(self) -> bool:
-        """Whether it sets `Context.values_BTD` for its mixers."""
-        return False
+    def value_layers(self, num_layers: int) -> Collection[int]:
+        """The layers for whose mixers it sets `Context.values_BTD`."""
+        return ()
 
     def takes_pairs(self) -> bool:
         """Whether it reads `Context.pairs_BT` or `pair_BTD`."""

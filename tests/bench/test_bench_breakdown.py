@@ -143,6 +143,14 @@ def test_a_mixer_after_the_last_layer_is_a_mixer(one_thread):
     assert regions.spent(trial, pieces, micro_batches)["attention"] > 0
 
 
+def test_a_layer_without_attention_has_no_mixer(one_thread):
+    recipe = shrink(find("fewer-mixers"))
+    recipe = replace(recipe, model=replace(recipe.model, layers=4))
+    trial, pieces, micro_batches = listened(recipe)
+    assert [piece.count for piece in pieces if piece.kind == "mixer"] == [3]
+    assert regions.spent(trial, pieces, micro_batches)["attention"] > 0
+
+
 def test_attention_that_goes_another_way_has_no_number(tiny, one_thread, monkeypatch):
     monkeypatch.setattr(multi_head, "attend", lambda q, k, v, context, **options: v)
     trial, pieces, micro_batches = listened(tiny)

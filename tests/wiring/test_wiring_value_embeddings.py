@@ -7,6 +7,7 @@ import torch
 from contracts import CONTRACT, build, draw_tokens, shrink
 from torch import nn
 
+from sabrage.attention.none import NoMixer
 from sabrage.context import Context
 from sabrage.model.lm import build_model
 from sabrage.model.previous import BigramHash, Smear, TrigramHash
@@ -190,3 +191,17 @@ def test_mixers_that_take_no_values_are_refused_by_name():
     assert any(problem.startswith("model.mixers.0 takes no values") for problem in shared.problems())
     plain = replace(shrink(find("base")).model, wiring=wiring)
     assert plain.problems() == []
+
+
+def test_only_layers_that_get_values_must_take_them():
+    wiring = ValueEmbeddings(tables=1, gates=4)
+    one = shrink(find("base")).model
+    middle = replace(one, layers=5, mixers=(*one.mixers * 2, NoMixer(), *one.mixers * 2), wiring=wiring)
+    assert middle.problems() == []
+    last = replace(one, layers=5, mixers=(*one.mixers * 4, NoMixer()), wiring=wiring)
+    [problem] = last.problems()
+    assert problem.startswith("model.mixers.4 takes no values")
+    # The pattern repeats: its second item is also the last layer's.
+    again = replace(one, layers=4, mixers=(*one.mixers, NoMixer()), wiring=wiring)
+    [problem] = again.problems()
+    assert problem.startswith("model.mixers.1 takes no values")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sabrage.attention import backends
+from sabrage.attention.none import NoMixer
 from sabrage.bench.trial import Trial, Work, times
 from sabrage.context import Context
 from sabrage.parts import Batch, Knobs
@@ -148,7 +149,8 @@ def listen(trial: Trial, knobs: Knobs) -> tuple[list[Piece], int]:
     watched: list[tuple[str, Any, nn.Module]] = [("embedding", spec.embedding, model.embedding)]
     blocks: Any = model.blocks
     for layer, block in enumerate(blocks):
-        watched.append(("mixer", spec.mixer(layer), block.mixer))
+        if not isinstance(spec.mixer(layer), NoMixer):
+            watched.append(("mixer", spec.mixer(layer), block.mixer))
         watched.append(("feedforward", spec.feedforward(layer), block.feedforward))
     if spec.last:
         watched.append(("mixer", spec.last, cast(nn.Module, model.last)))

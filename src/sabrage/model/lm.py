@@ -43,13 +43,13 @@ class ModelSpec(Part):
         for name in ("mixers", "feedforwards"):
             if not 1 <= len(getattr(self, name)) <= max(self.layers, 1):
                 found.append(f"model.{name} has {len(getattr(self, name))} items, allowed: 1 to layers")
-        if self.wiring.gives_values():
-            found += [
-                f"model.mixers.{index} takes no values from model.wiring; use MultiHead with kv_heads=0, or "
-                "another wiring"
-                for index, mixer in enumerate(self.mixers)
-                if not mixer.takes_values()
-            ]
+        valued = {layer % max(len(self.mixers), 1) for layer in self.wiring.value_layers(self.layers)}
+        found += [
+            f"model.mixers.{index} takes no values from model.wiring; use MultiHead with kv_heads=0, or "
+            "another wiring"
+            for index, mixer in enumerate(self.mixers)
+            if index in valued and not mixer.takes_values()
+        ]
         if self.wiring.takes_pairs() and not self.embedding.gives_pairs():
             found.append(
                 "model.wiring asks for pairs of tokens and model.embedding hashes none; use BigramHash, or "

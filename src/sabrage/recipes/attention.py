@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from sabrage.attention.copying import Copying
+from sabrage.attention.none import NoMixer
 from sabrage.attention.rotary import Rotary
 from sabrage.attention.scores import Alibi, RelativeBias, SoftCap
 from sabrage.optim.adamw import AdamW
@@ -50,6 +51,11 @@ attention = (
         "partial-rotary with the other half of each key from the token before",
         rotary=HALF,
         key_offset=True,
+    ),
+    variant(
+        "fewer-mixers",
+        "base without attention in every fourth layer",
+        mixers=(*base.model.mixers * 3, NoMixer()),
     ),
     variant(
         "copying",

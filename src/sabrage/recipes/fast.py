@@ -16,14 +16,12 @@ Read `fast` from its model down. Why it is fast:
   how often they have been targets and weighed so that their sum stays what it is.
 - What stands between the products is traffic: a stream in bf16 halves it, kernels of our own read each number
   once (QK-norm, rotation and values in one pass, ReLU^2 within the products), and attention knows one span of
-  keys a query, which is all that documents and windows ask.
+  keys a query, which is all that documents and windows ask. What this saved pays for two more layers.
 - The card works at its limit of power, so that fewer bits save time twice: two of the four products of a
   perceptron's backward pass are FP8.
 - A network that sees each token once remembers and copies worse than a lookup. At the end the text that it
   was trained on is counted, and a small gate mixes these counts, and what the document has shown so far, in.
   Tokens that the counts, the document or the network name are looked at one by one.
-- One pass over the text gives out before the layers do, and counts know some of what a further one would
-  learn: eleven are enough.
 
 What each part bought is told in LOG.md and docs/results.md.
 
@@ -57,6 +55,7 @@ from sabrage.parts import OptimizerGroup
 from sabrage.plan import Plan, Ramp, Stages, Trapezoid
 from sabrage.recipe import Budget
 from sabrage.recipes.base import MATRICES, base
+from sabrage.wiring.layer_skips import LayerSkips
 from sabrage.wiring.residual import Residual
 from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skipping
@@ -76,9 +75,6 @@ HEAD = FusedHead(
     sample_tokens=16_384,
     proposal="counts",
 )
-# Besides contexts whose tokens touch: up to three of the last four tokens.
-GAPS = ((3, 2), (3, 1), (4, 2, 1), (4, 1), (4, 3, 1), (4, 3, 2))
-BLEND = Blend(candidates=Candidates(gaps=GAPS, hidden=128, layers=2), steps=1000)
 
 fast = replace(
     base,
@@ -87,11 +83,13 @@ fast = replace(
     data=replace(base.data, order="documents", block_tokens=65_536),
     model=replace(
         base.model,
-        layers=11,
+        layers=13,
         embedding=BigramHash(inner=TokenTable(normalise=True)),
         mixers=(NEAR, NEAR, NEAR, NEAR, FAR),
         feedforwards=(FusedMlp(zero_init=True, fp8_gradients=True),),
-        wiring=ValueEmbeddings(inner=Skipping(residual=Residual(), skips=(SkipScales(),)), gates=6),
+        wiring=ValueEmbeddings(
+            inner=Skipping(residual=Residual(), skips=(SkipScales(), LayerSkips())), gates=6
+        ),
         head=HEAD,
         narrow_stream=True,
     ),
@@ -122,25 +120,25 @@ fast = replace(
         momentum=Ramp(first=0.85, last=0.95, rise=280, fall=70),
     ),
     budget=Budget(evaluate_every=240, evaluation_length=8192, evaluation_documents=True),
-    blend=BLEND,
+    blend=Blend(candidates=Candidates(most=72), steps=1000),
 )
 
-# Half the pairs, half the gaps and 16 rows at a time: weights, gradients and moments of the tables leave room
-# for no more in 22 GB, and with 8 rows a fast card waits for the host. Nothing in it needs FP8 or Hopper. Its
-# limit is memory, so it takes two more layers and more time.
+# Half the pairs and 16 rows at a time: weights, gradients and moments of the tables leave room for no more in
+# 22 GB, and with 8 rows a fast card waits for the host. Nothing in it needs FP8 or Hopper. It leaves out the
+# U-net's skips, which bring nothing, and candidates are also looked up after contexts with gaps.
 fast_24gb = replace(
     fast,
     name="fast-24gb",
     summary="fast for 24 GB cards such as the RTX 3090 and 4090",
     model=replace(
         fast.model,
-        layers=13,
         embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
         feedforwards=(FusedMlp(zero_init=True),),
+        wiring=ValueEmbeddings(inner=Skipping(residual=Residual(), skips=(SkipScales(),)), gates=6),
         head=replace(HEAD, fp8=False),
     ),
     runtime=replace(fast.runtime, micro_batch=16),
-    blend=replace(BLEND, candidates=Candidates(gaps=GAPS[:3], hidden=128, layers=2)),
+    blend=Blend(candidates=Candidates(gaps=((3, 2), (3, 1), (4, 2, 1)), hidden=128, layers=2), steps=1000),
 )
 
 # Muon, QK-norm, ReLU^2 and outputs that start at zero are the base's.

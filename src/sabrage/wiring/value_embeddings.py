@@ -11,7 +11,7 @@ The two layers of the first table may get the pair of tokens as well, from a has
 (arXiv 2601.07372), with other gates.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,8 @@ class ValueEmbeddings(Wiring):
         first = {layer: layer for layer in range(self.tables)}
         return first | {num_layers - self.tables + table: table for table in range(self.tables)}
 
-    def gives_values(self) -> bool:
-        return True
+    def value_layers(self, num_layers: int) -> Collection[int]:
+        return self.layers(num_layers)
 
     def takes_pairs(self) -> bool:
         return self.pairs > 0 or self.inner.takes_pairs()
