@@ -22,6 +22,7 @@ ONE = Blend(text_orders=0, document_orders=1, seen=False, cache=())
         Blend(candidates=Candidates()),
         Blend(candidates=FEW),
         Blend(candidates=replace(FEW, most=5)),
+        Blend(candidates=Candidates(), text_orders=1),
         replace(ONE, text_orders=7, candidates=FEW),
         replace(ONE, text_orders=2, candidates=Candidates(followers=3, likeliest=1)),
         replace(ONE, candidates=FEW),

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sabrage.attention.multi_head import MultiHead
+from sabrage.blend.audit import fault
+from sabrage.blend.blend import Blend
+from sabrage.blend.candidates import Candidates
 from sabrage.config import ConfigError
 from sabrage.feedforward.mlp import Mlp
 from sabrage.model.ends import LinearHead, Projection, TokenEmbedding, TokenTable
@@ -343,10 +346,13 @@ def test_a_failure_is_refused_with_every_sentence():
         verdict(mixers=(Neighbour(),)).require()
 
 
-def test_the_random_state_is_left_as_it_was():
+def test_the_random_state_is_left_as_it_was(monkeypatch):
     torch.manual_seed(5)
+    # What torch.manual_seed also does, where nobody puts it back.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded every card"))
     before = torch.get_rng_state()
     verdict(feedforwards=(Dropout(),))
+    assert fault(Blend(candidates=Candidates(), text_orders=1)) is None
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -81,7 +81,7 @@ def fit(
     """A gate for which the evidence's tokens are likely: AdamW on random batches, its rate falling to 0."""
     device = evidence.network_N.device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         gate = Gate.of(
             evidence, hidden=hidden, rescoring_hidden=rescoring_hidden, rescoring_layers=rescoring_layers
         ).to(device)

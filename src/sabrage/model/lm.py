@@ -158,5 +158,6 @@ class LM(nn.Module):
 def build_model(spec: ModelSpec, *, seed: int) -> LM:
     """The model with weights drawn from `seed`; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed every CUDA device as well.
+        torch.default_generator.manual_seed(seed)
         return LM(spec)
