@@ -16,6 +16,7 @@
 #   screen     eleven changes at once of what `fast` may become, in twelve whole passes, or of TOKENS tokens;
 #              like ablate two runs a card at a time (55)
 #   leave      the five tricks that matter most left out alone over a whole pass, with `fast` and `base` (30)
+#   next       what `fast` may become, as `race` (4 a seed)
 #   try        three changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
@@ -28,7 +29,7 @@
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,29p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,30p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -40,26 +41,31 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
-# What `fast` may become, and what is screened on it. Why these: LOG.md, fewer layers, contexts with gaps. Five may
-# save time, where a layer saves 6% for 0.004; five are tricks left out; the last may save loss.
+label='' sets=()
+# What `fast` may become, and what is screened on it. Why these: LOG.md, fewer layers, contexts with gaps.
+near=(model.mixers.{0,1,2,3}.window)
 next=(
   model.layers=12
   'model.wiring.inner.skips=[{"part":"SkipScales"}]'
+  "${near[@]/%/=256}"
+  model.head.columns=16384
+  model.embedding.rows=131072
+  optim.0.optimizer.cautious=false
   'blend.candidates={"part":"Candidates","gaps":[[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]],"hidden":128,"layers":2}'
   blend.batch=8192
 )
 changes=(
-  'model.mixers.3={"part":"NoMixer"}'
-  'precision={"part":"Fp8","products":["qkv$"],"scaling":"delayed"}'
-  model.mixers.0.window=256+model.mixers.1.window=256+model.mixers.2.window=256
-  model.head.columns=16384
-  optim.0.optimizer.steps=4
-  model.head.fp8=false
-  optim.0.optimizer.normuon=false
-  optim.0.optimizer.cautious=false
-  model.head.zero_init=false
-  plan.momentum=null
-  optim.4.optimizer.lr=0.004
+  "$(IFS=+; echo "${near[*]/%/=128}")"
+  model.mixers.4.window=1024
+  model.head.columns=12288
+  model.embedding.rows=65536
+  model.layers=11
+  model.feedforwards.0.expansion=3
+  model.head.softcap=20
+  optim.0.optimizer.weight_decay=0.3
+  optim.0.optimizer.lr=0.018
+  plan.lr.warmdown=1016
+  plan.tokens_per_step.starts=[0,871]
 )
 # Why these: LOG.md, 3.50 within 220 steps. All but the first have graphs of their own.
 tries=(
@@ -74,11 +80,12 @@ numbers=(
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
-  local folder="$out/runs/$2--seed-$3" program=(-m sabrage)
+  local folder="$out/runs/${label:-$2}--seed-$3" program=(-m sabrage)
   [ -z "${4:-}" ] || program=(-m sabrage.cli.capped "$4")
   if ! grep -qs '"ending": "\(done\|target\)"' "$folder/result.json"; then
     rm -rf "$folder"
-    CUDA_VISIBLE_DEVICES=$1 python3 "${program[@]}" train "$2" --seed "$3" "${track[@]}" --out "$folder" \
+    CUDA_VISIBLE_DEVICES=$1 python3 "${program[@]}" train "$2" --seed "$3" "${track[@]}" \
+      "${sets[@]}" --out "$folder" \
       >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
   fi
   [ -n "${KEEP:-}" ] || rm -rf "$folder/checkpoints"
@@ -104,6 +111,11 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   python3 -m sabrage.study.race_table "$out/runs" --out "$out/race.json" --target "${TARGET:-3.50}" \
     --peer "$here/results/peer-modded-nanogpt.json" "${commit[@]}" || ok=1
   return $ok
+}
+
+become() {  # what `fast` may become, in folders of its own
+  local label=next sets=("${next[@]/#/--set=}")
+  race fast
 }
 
 study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage
@@ -140,6 +152,7 @@ try() {  # each change alone, as many runs at a time as there are cards
 run() {
   case $1 in
     race) race fast ;;
+    next) become ;;
     small) race fast-24gb 22 ;;
     min) race fast-min ;;
     base) race base ;;
