@@ -184,6 +184,41 @@ def test_launches_and_idle_time_are_those_of_a_step():
     assert launches.told([{"ph": "M"}], 4.0) == {"launches": None, "idle": None}
 
 
+def test_the_longest_kernels_are_those_that_take_most_in_a_step():
+    named = [("short", 3000.0), ("long", 1000.0), ("long", 4000.0), ("least", 10.0), ("short", 1000.0)]
+    events = [{"cat": "kernel", "name": name, "dur": dur} for name, dur in named]
+    events.append({"cat": "gpu_memcpy", "name": "copy", "dur": 9e9})
+    found = launches.longest(events, 2, repeats=2)
+    assert found == [
+        {"kernel": "long", "ms": 2.5, "launches": 1.0},
+        {"kernel": "short", "ms": 2.0, "launches": 1.0},
+    ]
+    assert launches.longest([], 5) == []
+
+
+def test_the_kernels_are_a_table_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(breakdown, "probe", lambda device: DeviceFacts(kind="cuda", name="a card", memory=0))
+    monkeypatch.setattr(breakdown, "ceiling", lambda device: 1e15)
+    monkeypatch.setattr(breakdown, "use_compile_cache", lambda on: None)
+    kernel = {"kernel": "triton_red_fused_add", "ms": 2.5, "launches": 3.0}
+
+    def measured(recipe, facts, device, *, kernels, **_):
+        return ROW | {"recipe": recipe.name} | ({"kernels": [kernel] * kernels} if kernels else {})
+
+    monkeypatch.setattr(breakdown, "row", measured)
+    breakdown.measure(["base"], out=tmp_path / "plain.json")
+    assert not (tmp_path / "plain-kernels.json").exists()
+    breakdown.measure(["base", "nocap"], kernels=2, out=tmp_path / "taken.json")
+    made = json.loads((tmp_path / "taken-kernels.json").read_text())
+    assert made["name"] == "taken-kernels"
+    assert [row["recipe"] for row in made["rows"]] == ["base", "base", "nocap", "nocap"]
+    assert made["rows"][0] == {"recipe": "base"} | kernel
+    assert "kernels" not in json.loads((tmp_path / "taken.json").read_text())["rows"][0]
+    assert "triton_red_fused_add" in capsys.readouterr().out
+
+
 def test_a_refused_recipe_is_a_row_that_says_so():
     facts = DeviceFacts(kind="cuda", name="an old card", memory=0, capability=(7, 5))
     assert breakdown.row(find("fp8"), facts, CPU).keys() == {"recipe", "note"}
@@ -211,8 +246,11 @@ def test_the_chart_is_sound_xml_with_a_segment_for_every_part():
 def test_a_step_is_taken_apart_on_a_card(tmp_path):
     device = torch.device("cuda", 0)
     recipe = replace(shrink(find("base")), precision=find("base").precision)
-    found = breakdown.row(recipe, probe(device), device)
+    found = breakdown.row(recipe, probe(device), device, kernels=3)
     assert all(found[name] > 0 for name in MEASURED)
+    times = [kernel["ms"] for kernel in found["kernels"]]
+    assert len(times) == 3
+    assert found["step_ms"] > times[0] >= times[-1] > 0
     assert sum(found[name] for name in breakdown.PARTS) == pytest.approx(found["step_ms"])
     assert found["launches"] > 10
     assert -0.2 < found["idle"] < 1

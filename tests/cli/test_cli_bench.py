@@ -35,6 +35,7 @@ def test_without_a_cuda_device_a_benchmark_says_so_and_makes_nothing(words, caps
         (["breakdown"], "got no recipe to take apart"),
         (["breakdown", "bse"], "unknown recipe 'bse' (did you mean 'base'?)"),
         (["breakdown", "base", "--stage", "1"], "got stage 1, allowed: 0 to 0 for base"),
+        (["breakdown", "base", "--kernels", "-1"], "got kernels=-1, allowed: 0 or more"),
     ],
 )
 def test_a_name_that_is_missing_or_misspelt_is_told_before_anything_is_measured(words, message, capsys):

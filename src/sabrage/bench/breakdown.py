@@ -1,6 +1,6 @@
 """Where the time of a training step goes, recipe by recipe.
 
-    python -m sabrage.bench.breakdown nocap base base+model.head=FusedHead --out FILE [--stage N]
+    python -m sabrage.bench.breakdown nocap base+model.head=FusedHead --out FILE [--stage N] [--kernels N]
 
 Which kernel of a compiled graph belongs to what, nobody says; so each region is measured alone, at the
 shapes, formats, documents and windows of the step: see `sabrage.bench.regions`. What the regions leave of the
@@ -12,7 +12,8 @@ this very card made just before, in bf16. Launches and idle time are what the pr
 `sabrage.bench.launches`.
 
 The last stage of the plan is measured, or stage N, counted from 0. Writes FILE (JSON) and a chart beside it
-(SVG). Needs a CUDA device; a recipe takes one to three minutes, most of it compiling.
+(SVG), and with --kernels the N kernels of each step that take longest, as the profiler names them
+(FILE-kernels.json). Needs a CUDA device; a recipe takes one to three minutes, most of it compiling.
 """
 
 import argparse
@@ -55,6 +56,12 @@ COLUMNS: list[Column] = [
     {"key": "of_ceiling", "title": "of the ceiling", "format": ".1%"},
     {"key": "note", "title": "note"},
 ]
+KERNELS: list[Column] = [
+    {"key": "recipe", "title": "recipe"},
+    {"key": "kernel", "title": "kernel"},
+    {"key": "ms", "title": "ms a step", "format": ".2f"},
+    {"key": "launches", "title": "launches", "format": ",.0f"},
+]
 # What adds up to the step, in the order of the chart.
 PARTS = ("head_ms", "feedforward_ms", "mixer_ms", "embedding_ms", "optimizer_ms", "rest_ms")
 
@@ -93,23 +100,24 @@ def row(
     *,
     stage: int | None = None,
     highest: float | None = None,
+    kernels: int = 0,
 ) -> dict[str, Any]:
     """One line of the table; a recipe that this device refuses has a note alone.
 
-    `highest` is the rate of the ceiling in FLOP/s.
+    `highest` is the rate of the ceiling in FLOP/s; with `kernels` so many that take longest are "kernels".
     """
     knobs, refusals = stage_of(recipe, stage), recipe.refusals(facts)
     if refusals:
         return {"recipe": recipe.name, "note": "; ".join(refusals)}
     trial = ready(recipe, facts, device, [knobs])
     found: dict[str, Any] = {"recipe": recipe.name, "tokens": knobs.tokens_per_step, "window": knobs.window}
-    found |= parts(trial, knobs)
+    found |= parts(trial, knobs, kernels)
     peak = facts.peaks.get(recipe.precision.peak())
     share = found["mfu"] * peak / highest if found["mfu"] and peak and highest else None
     return found | {"of_ceiling": share, "note": ""}
 
 
-def parts(trial: Trial, knobs: Knobs) -> dict[str, Any]:
+def parts(trial: Trial, knobs: Knobs, kernels: int = 0) -> dict[str, Any]:
     """The numbers of one line. The whole step comes first: timing the pieces throws its graph away."""
     step_ms = trial.step_ms(knobs)
     noted = launches.trace(trial.steps(knobs)) if trial.device.type == "cuda" else []
@@ -118,6 +126,7 @@ def parts(trial: Trial, knobs: Knobs) -> dict[str, Any]:
     found: dict[str, Any] = {"step_ms": step_ms, "optimizer_ms": trial.optimizer_ms(knobs)}
     found |= {f"{kind}_ms": ms for kind, ms in regions.spent(trial, pieces, micro_batches).items()}
     found["rest_ms"] = step_ms - sum(found[name] for name in PARTS if name != "rest_ms")
+    found |= {"kernels": launches.longest(noted, kernels)} if kernels else {}
     return found | launches.told(noted, step_ms) | trial.rates(knobs, step_ms)
 
 
@@ -125,6 +134,7 @@ def measure(
     recipes: Sequence[str],
     *,
     stage: int | None = None,
+    kernels: int = 0,
     out: Path | None = None,
     name: str | None = None,
     commit: str | None = None,
@@ -138,6 +148,8 @@ def measure(
         raise ConfigError("got no recipe to take apart; name at least one, such as base")
     for recipe in chosen:
         stage_of(recipe, stage)
+    if kernels < 0:
+        raise ConfigError(f"got kernels={kernels}, allowed: 0 or more")
     if not torch.cuda.is_available():
         raise ConfigError("benchmarks need a CUDA device and torch sees none; check nvidia-smi")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -147,7 +159,10 @@ def measure(
     title = f"{facts.name}: " + (f"bf16 peak {peak / 1e12:,.0f}, " if peak else "")
     title += f"products reach {highest / 1e12:,.0f} TFLOP/s"
     rows: list[dict[str, Any]] = []
-    for found in rows_of(chosen, lambda recipe: [row(recipe, facts, device, stage=stage, highest=highest)]):
+    longest: list[dict[str, Any]] = []
+    asked_for: dict[str, Any] = {"stage": stage, "highest": highest, "kernels": kernels}
+    for found in rows_of(chosen, lambda recipe: [row(recipe, facts, device, **asked_for)]):
+        longest += [{"recipe": found["recipe"], **kernel} for kernel in found.pop("kernels", [])]
         rows.append(found)
         # After every row: what was measured outlasts what stops the rest.
         if out is not None:
@@ -155,6 +170,11 @@ def measure(
             told = {"name": name or out.stem, "device": title, "commit": commit}
             write_result(out, columns=COLUMNS, rows=rows, **told)  # type: ignore[arg-type]
             out.with_suffix(".svg").write_text(chart(rows, title), encoding="utf-8")
+            if longest:
+                told["name"] = f"{told['name']}-kernels"
+                write_result(out.with_name(f"{out.stem}-kernels.json"), columns=KERNELS, rows=longest, **told)  # type: ignore[arg-type]
+    if longest:
+        Console().print(table(longest, title, KERNELS))
     Console().print(table(rows, title, COLUMNS))
     return rows
 
@@ -167,10 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="+", help="recipes, also RECIPE+a.b=c, in the order of the table")
     parser.add_argument("--out", type=Path, help="result file (JSON); the chart lies beside it")
     parser.add_argument("--stage", type=int, help="stage of the plan, from 0; by default the last")
+    parser.add_argument("--kernels", type=int, default=0, help="also the kernels that take longest, so many")
     parser.add_argument("--commit", help="commit of the code, where this copy is no git checkout")
     given = parser.parse_args(arguments)
     try:
-        measure(given.recipes, stage=given.stage, out=given.out, commit=given.commit)
+        measure(given.recipes, stage=given.stage, kernels=given.kernels, out=given.out, commit=given.commit)
     except ConfigError as error:
         parser.error(str(error))
 

@@ -43,6 +43,22 @@ def covered(intervals: Iterable[Interval]) -> float:
     return total
 
 
+def longest(events: Sequence[dict[str, Any]], most: int, *, repeats: int = STEPS) -> list[dict[str, Any]]:
+    """The `most` kernels that take longest in a step: name, milliseconds, launches, by what they take.
+
+    Launches of the same name are one kernel. Kernels that run beside each other count in full.
+    """
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") in KERNELS:
+            spent.setdefault(event["name"], []).append(event["dur"])
+    rows: list[dict[str, Any]] = [
+        {"kernel": name, "ms": sum(each) / 1e3 / repeats, "launches": len(each) / repeats}
+        for name, each in spent.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])[:most]
+
+
 def told(events: Sequence[dict[str, Any]], step_ms: float, *, repeats: int = STEPS) -> dict[str, Any]:
     """Launches of a step and its idle share, if it takes `step_ms`; None each where nothing was noted."""
     kernels = [event for event in events if event.get("cat") in KERNELS]

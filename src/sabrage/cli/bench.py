@@ -98,19 +98,22 @@ class Breakdown:
     Try:
       sabrage bench breakdown nocap base
       sabrage bench breakdown base base+model.head=FusedHead --out results/breakdown.json
+      sabrage bench breakdown fast --kernels 40
     """
 
     recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")]
     """Recipes, in the order of the table."""
     stage: int | None = None
     """Stage of the plan, counted from 0; by default the last."""
+    kernels: int = 0
+    """Also list the kernels of a step that take longest, so many of each recipe."""
     out: Path | None = None
     """Write the result file here, and a chart (SVG) beside it."""
 
     def run(self) -> int:
         from sabrage.bench.breakdown import measure
 
-        measure(self.recipes, stage=self.stage, out=self.out)
+        measure(self.recipes, stage=self.stage, kernels=self.kernels, out=self.out)
         return 0
 
 
