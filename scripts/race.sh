@@ -63,7 +63,7 @@ changes=(
   model.feedforwards.0.expansion=3
   optim.4.optimizer.weight_decay=0.1
   optim.0.optimizer.weight_decay=0.3
-  optim.0.optimizer.lr=0.018
+  'model.wiring.inner.skips=[{"part":"SkipScales","period":3}]'
   plan.lr.warmdown=1016
   plan.tokens_per_step.starts=[0,871]
 )

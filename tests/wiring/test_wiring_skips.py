@@ -22,6 +22,7 @@ from sabrage.wiring.skips import Skipping
 SKIPS = {
     "none": (),
     "scales": (SkipScales(),),
+    "scales of every other layer": (SkipScales(period=2),),
     "unet": (LayerSkips(),),
     "single": (LayerSkips(pairs=((0.2, 1.0),)),),
     "dense": (DenseSkips(),),
@@ -97,6 +98,18 @@ def test_scales_are_their_formula_and_the_head_reads_the_last_state():
         expected = module.residual_L[layer] * states[layer] + module.embedding_L[layer] * states[0]
         torch.testing.assert_close(seen[layer], expected)
     assert torch.equal(seen[4], states[4])
+
+
+@pytest.mark.parametrize(("period", "scaled"), [(2, [0, 2]), (3, [0, 3]), (9, [0])])
+def test_layers_between_the_multiples_of_the_period_read_the_stream(period, scaled):
+    module, seen, states = reads(SkipScales(residual=0.5, embedding=0.1, period=period))
+    assert len(module.residual_L) == len(module.embedding_L) == len(scaled)
+    for reader in range(5):
+        expected = states[reader]
+        if reader in scaled:
+            index = scaled.index(reader)
+            expected = module.residual_L[index] * expected + module.embedding_L[index] * states[0]
+        torch.testing.assert_close(seen[reader], expected)
 
 
 def test_pairs_are_added_to_what_the_inner_layers_read():
@@ -184,4 +197,6 @@ def test_skips_that_a_depth_does_not_have_are_refused(skip, said):
 
 def test_fields_out_of_range_are_named():
     assert LayerSkips(pairs=((0.5, 0.5),)).problems()
+    assert SkipScales(period=0).problems()
+    assert not SkipScales(period=3).problems()
     assert len(DenseSkips(period=0, dilation=0).problems()) == 2

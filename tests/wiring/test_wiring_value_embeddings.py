@@ -6,6 +6,7 @@ import pytest
 import torch
 from contracts import CONTRACT, build, draw_tokens, shrink
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from sabrage.attention.none import NoMixer
 from sabrage.context import Context
@@ -205,3 +206,18 @@ def test_only_layers_that_get_values_must_take_them():
     again = replace(one, layers=4, mixers=(*one.mixers, NoMixer()), wiring=wiring)
     [problem] = again.problems()
     assert problem.startswith("model.mixers.1 takes no values")
+
+
+def test_both_layers_of_a_table_make_its_gradient_at_once(one_thread):
+    """A gradient as large as the table is filled with zeros and added to another one for each lookup."""
+    made = []
+
+    def count(graph, _):
+        made.extend(node for node in graph.graph.nodes if "embedding_dense_backward" in str(node.target))
+        return graph.forward
+
+    model = build_model(spec(ValueEmbeddings(tables=2, gates=4)), seed=0)
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=count)
+    torch.compile(model, backend=backend)(draw_tokens(model)).sum().backward()
+    # The table at the input, and one for each pair of layers.
+    assert len(made) == 1 + 2

@@ -20,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sabrage.attention import packages
 from sabrage.attention.dense import masked, of_one_width, plain, repeated
-from sabrage.attention.flex import flex
 from sabrage.attention.scores import ScoreModule
 from sabrage.attention.varlen import varlen
 from sabrage.context import Context
@@ -172,6 +171,9 @@ def attend(
     elif not known or (backend == "sdpa" and needs):
         out = masked(q, k, v, context, window=window, mask_BTS=mask_BTS)
     elif backend == "flex":
+        # Only where it is used: it takes the whole compiler along, seconds of every start.
+        from sabrage.attention.flex import flex
+
         out = flex(q, k, v, context, window=window, scores=scores, mask_BTS=mask_BTS)
     elif backend == "sdpa":
         k, v = (repeated(x, q.shape[1]) for x in (k, v))

@@ -95,11 +95,13 @@ class ValuedStream(nn.Module):
 
     def values(self, x_BTD: Tensor, layer: int, context: Context) -> Tensor:
         """What a layer whose mixer gets x adds to its values."""
-        assert context.tokens_BT is not None, "value embeddings need the tokens"
-        table_VD = self.tables[self.layers[layer]]
-        value_BTD = gated(F.embedding(context.tokens_BT, table_VD), x_BTD, self.gates[str(layer)])
+        tokens_BT, table = context.tokens_BT, self.layers[layer]
+        assert tokens_BT is not None, "value embeddings need the tokens"
+        # Once for both layers of a table: its gradient, as large as the table, is then made once as well.
+        row_BTD = context.once(f"values of table {table}", lambda: F.embedding(tokens_BT, self.tables[table]))
+        value_BTD = gated(row_BTD, x_BTD, self.gates[str(layer)])
         hash_BT, table_RD = context.pairs_BT, self.pairs_RD
-        if table_RD is None or self.layers[layer]:
+        if table_RD is None or table:
             return value_BTD
         assert hash_BT is not None, "values of pairs need an embedding that hashes them"
         pair_BTD = context.once("values of pairs", lambda: signed_row(hash_BT, table_RD, self.salts_D))
