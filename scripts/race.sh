@@ -44,6 +44,8 @@ mkdir -p "$out/runs"
 label='' sets=()
 # What `fast` may become, and what is screened on it. Why these: LOG.md, fewer layers, contexts with gaps.
 near=(model.mixers.{0,1,2,3}.window)
+gaps='[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]'
+kinds='[-2,1],[2,-1],[-3,-2,-1],[-3,-2,1],[-3,2,1],[-5,-4,-3,-2,-1]'
 next=(
   model.layers=12
   'model.wiring.inner.skips=[{"part":"SkipScales"}]'
@@ -51,7 +53,8 @@ next=(
   model.head.columns=16384
   model.embedding.rows=131072
   optim.0.optimizer.cautious=false
-  'blend.candidates={"part":"Candidates","gaps":[[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]],"hidden":128,"layers":2}'
+  'blend.candidates={"part":"Candidates","hidden":128,"layers":2}'
+  "blend.candidates.gaps=[$gaps,$kinds]"
   blend.batch=8192
 )
 changes=(

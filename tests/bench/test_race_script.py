@@ -169,6 +169,7 @@ def test_what_fast_may_become_is_raced_as_it_is_screened(race, tmp_path):
     recipe = fitted(parse_variant("fast", command.set).make(), tokens=None).validate()
     assert (recipe.model.layers, recipe.blend.batch) == (12, 8192)
     assert {mixer.window for mixer in recipe.model.mixers[:4]} == {256}
+    assert len(recipe.blend.gaps()) == 12
     assert (tmp_path / "out" / "runs" / "next--seed-1" / "result.json").is_file()
 
 

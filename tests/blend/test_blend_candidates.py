@@ -261,12 +261,12 @@ def test_the_gpu_finds_what_the_cpu_finds():
         torch.randn(2, 1024, 16, generator=generator),
         torch.randn(16, 50_257, generator=generator),
     )
-    part, both = Blend(candidates=Candidates(gaps=((3, 2), (4, 2, 1)))), []
+    part, both = Blend(candidates=Candidates(gaps=((3, 2), (4, 2, 1), (-3, -2, 1)))), []
     for device in ("cpu", "cuda"):
         rows_BT, head = tokens_BT.to(device), head_DV.to(device)
         inputs_BT = rows_BT[:, :-1]
         rows = inputs_BT, rows_BT[:, 1:], (inputs_BT == 0).cumsum(1), h_BTD.to(device)
-        grams = Grams(text_N.to(device), 50_257, part.gaps())
+        grams = Grams(text_N.to(device), 50_257, part.gaps(), torch.arange(50_257, device=device) % 256)
         both.append(evidence_of(part, grams, lambda h_MD, w=head: h_MD @ w, *rows, vocab_size=50_257))
     here, there = both
     assert there.candidates.features_NCX.dtype is torch.float16

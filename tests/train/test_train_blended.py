@@ -16,6 +16,8 @@ from sabrage.train.world import World
 
 SMALL = Blend(held_out=1500, hidden=8, steps=60, batch=256)
 CANDIDATES = Candidates(followers=2, likeliest=4, hidden=8)
+# Contexts with gaps, and with classes of tokens.
+KINDS = replace(CANDIDATES, gaps=((3, 1), (-3, -2, 1)), classes=9)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def parts(blending, one_thread):
 def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted, fitted = [], []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, *_: counted.append(text_N))
     monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
     blended.blend(blending, evaluator, corpus, 12, say=print)
     stream = corpus.train.shards[0].astype(np.int64)
@@ -70,7 +72,7 @@ def test_what_was_trained_on_is_counted_and_what_follows_is_for_the_gate(monkeyp
 def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted = []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, *_: counted.append(text_N))
     recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128 + 5))
     blended.counted(recipe, evaluator, corpus, 12)
     assert np.array_equal(counted[0].numpy(), corpus.train.shards[0][9 * 128 : 12 * 128].astype(np.int64))
@@ -79,7 +81,7 @@ def test_of_a_long_text_the_newest_is_counted(monkeypatch, blending, parts):
 def test_text_that_was_not_trained_on_is_counted_as_well(monkeypatch, blending, parts):
     corpus, evaluator = parts
     counted, fitted = [], []
-    monkeypatch.setattr(blended, "Grams", lambda text_N, size, gaps: counted.append(text_N))
+    monkeypatch.setattr(blended, "Grams", lambda text_N, *_: counted.append(text_N))
     monkeypatch.setattr(blended.Blended, "fit", lambda self, text, seed: fitted.append(text))
     recipe = replace(blending, blend=replace(SMALL, text_tokens=3 * 128, unseen_tokens=200))
     blended.blend(recipe, evaluator, corpus, 12, say=print)
@@ -99,7 +101,7 @@ def test_unseen_tokens_must_be_there(run_recipe, blending):
 
 
 def test_a_run_out_of_memory_at_its_end_is_not_lost(run_recipe, monkeypatch, blending, capsys):
-    def large(text_N, size, gaps):
+    def large(text_N, *_):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(blended, "Grams", large)
@@ -151,6 +153,19 @@ def test_candidates_help_beside_each_kind_of_expert(blending, parts, alone):
     assert rescored < plain
 
 
+def test_classes_are_those_that_the_gate_was_fitted_with(tmp_path, blending, parts, monkeypatch):
+    corpus, evaluator = parts
+    recipe = replace(blending, blend=replace(SMALL, candidates=KINDS))
+    made = blended.blend(recipe, evaluator, corpus, 12, say=print)
+    assert made.classes_V.shape == (recipe.model.vocab_size,)
+    assert 1 < len(made.classes_V.unique()) <= 9
+    blended.save(tmp_path, made, step=12)
+    monkeypatch.setattr(blended, "classes_of", lambda *_, **__: pytest.fail("found anew"))
+    again = blended.load(tmp_path, recipe, evaluator, corpus, step=12)
+    assert torch.equal(again.classes_V, made.classes_V)
+    assert again.losses() == made.losses()
+
+
 @pytest.mark.parametrize(
     ("saved", "wanted"),
     [(None, CANDIDATES), (CANDIDATES, None), (CANDIDATES, replace(CANDIDATES, likeliest=5))],
@@ -164,7 +179,8 @@ def test_a_blend_with_other_candidates_is_refused(tmp_path, blending, parts, sav
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"candidates": CANDIDATES}, {"candidates": replace(CANDIDATES, layers=2)}]
+    "more",
+    [{}, {"candidates": CANDIDATES}, {"candidates": replace(CANDIDATES, layers=2)}, {"candidates": KINDS}],
 )
 def test_a_blend_is_saved_and_read_back(tmp_path, blending, parts, more):
     corpus, evaluator = parts

@@ -71,7 +71,8 @@ def stage(part: Blend) -> tuple[Tensor, Callable[[Tensor, Tensor], Evidence]]:
     # What stands in the text is found with all of its context, what stands twice in a row as well.
     rows_BT[0, :20], rows_BT[1, 8:20] = text_N[:20], rows_BT[1, 20:32]
     rows_BT[:, LENGTH // 2] = END_OF_TEXT
-    grams = Grams(text_N, VOCABULARY, part.gaps()) if part.text_orders else None
+    classes_V = torch.arange(VOCABULARY) % min(part.candidates.classes, 7) if part.candidates else None
+    grams = Grams(text_N, VOCABULARY, part.gaps(), classes_V) if part.text_orders else None
     # A network of sorts: a state depends on two tokens, logits on the state.
     table_VD = torch.randn(VOCABULARY, 8, generator=generator)
     head_DV = torch.randn(8, VOCABULARY, generator=generator)

@@ -9,7 +9,7 @@ the mixture. All of that is training time. Neither the gate nor the counts ever 
 from dataclasses import dataclass
 
 from sabrage.blend.candidates import Candidates
-from sabrage.blend.grams import LONGEST, largest_vocabulary
+from sabrage.blend.grams import LONGEST, fits, largest_vocabulary
 from sabrage.config import Part
 
 
@@ -74,9 +74,15 @@ class Blend(Part):
 
     def unfit_vocabulary(self, vocab_size: int) -> list[str]:
         """Sentences about a vocabulary that cannot be counted."""
-        if not self.text_orders or vocab_size <= largest_vocabulary():
-            return []
+        if self.text_orders and vocab_size > largest_vocabulary():
+            return [
+                f"blend.text_orders counts up to {largest_vocabulary()} token ids and model.vocab_size is "
+                f"{vocab_size}; use text_orders=0"
+            ]
         return [
-            f"blend.text_orders counts up to {largest_vocabulary()} token ids and model.vocab_size is "
-            f"{vocab_size}; use text_orders=0"
+            f"blend.candidates.gaps has {list(back)}, too long to be counted with model.vocab_size="
+            f"{vocab_size}; "
+            "name three tokens at most, or classes in their place"
+            for back in self.gaps()
+            if not fits(back, vocab_size, self.candidates.classes if self.candidates else 0)
         ]

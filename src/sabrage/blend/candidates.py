@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sabrage.blend.columns import Columns
 from sabrage.blend.document import Occurrences
-from sabrage.blend.grams import FOUR, Grams
+from sabrage.blend.grams import Grams
 from sabrage.blend.neural import Rows, cache_shares, flat
 from sabrage.config import Part
 
@@ -41,8 +41,10 @@ class Candidates(Part):
 
     `layers` of `hidden` units look at each of them. On a GPU one of the gate's held-out tokens takes 3 KB, of
     which the features of its 48 candidates are the most. They are also looked up after contexts with
-    `gaps`: (4, 2, 1) is the last two tokens and the fourth before the next one. Each costs 8 bytes a counted
-    token, thrice that and more for a moment, and 0.2 KB a held-out one.
+    `gaps`: (4, 2, 1) is the last two tokens and the fourth before the next one. Below zero it is not the
+    token that counts but which of the `classes` it is in: (-3, -2, 1) is the last token and the kinds of the
+    two before. Each costs 8 bytes a counted token, thrice that and more for a moment, and 0.2 KB a held-out
+    one.
     """
 
     followers: int = 6
@@ -50,20 +52,24 @@ class Candidates(Part):
     nearest: int = 8
     most: int = 48
     gaps: tuple[tuple[int, ...], ...] = ()
+    classes: int = 256
     hidden: int = 64
     layers: int = 1
+
+    def has_classes(self) -> bool:
+        """Whether any context asks for the class of a token."""
+        return any(distance < 0 for back in self.gaps for distance in back)
 
     def problems(self) -> list[str]:
         found = [
             f"candidates.{name}={getattr(self, name)} must be above 0"
-            for name in ("likeliest", "most", "hidden", "layers")
+            for name in ("likeliest", "most", "classes", "hidden", "layers")
             if getattr(self, name) <= 0
         ]
-        found += [
-            f"candidates.gaps has {list(back)}: name 1 to {FOUR - 1} distances above 0, the farthest first"
-            for back in self.gaps
-            if not 0 < len(back) < FOUR or list(back) != sorted(set(back), reverse=True) or back[-1] < 1
-        ]
+        for back in self.gaps:
+            sizes = [abs(distance) for distance in back]
+            if not sizes or 0 in sizes or sizes != sorted(set(sizes), reverse=True):
+                found.append(f"candidates.gaps has {list(back)}: name distances, none 0, the farthest first")
         return found + [
             f"candidates.{name}={getattr(self, name)}, allowed: 0 or more"
             for name in ("followers", "nearest")

@@ -121,7 +121,7 @@ def in_text(grams: Grams, orders: int, rows: Rows) -> list[tuple[Tensor, Tensor,
 def with_gaps(grams: Grams | None, rows: Rows) -> list[Tensor]:
     """Occurrences (N,) of each context with gaps, 0 where it begins before its document."""
     return [
-        torch.where(rows.depth_BT >= table.back[0], table.count(rows.back(table.back)), 0).flatten()
+        torch.where(rows.depth_BT >= abs(table.back[0]), table.count(rows.back(table.back)), 0).flatten()
         for table in (grams.gapped if grams is not None else ())
     ]
 

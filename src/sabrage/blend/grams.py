@@ -7,7 +7,8 @@ the distinct pairs are the second table. So a count is the difference of two run
 bisection, as in a suffix array (Liu et al. 2024, "Infini-gram", arXiv 2401.17377) cut off at eight tokens.
 
 Contexts whose tokens do not all touch (skip-grams; Guthrie et al. 2006, "A closer look at skip-gram
-modelling", LREC) have a sorted table each, of the numbers that they make with the token after them.
+modelling", LREC), or count by their class, have a sorted table each, of the numbers that they make with the
+token after them.
 
 N tokens take two sorts of N numbers of 64 bits and at most 24 N bytes, and a sort and 8 N for each gap.
 """
@@ -29,11 +30,18 @@ def largest_vocabulary() -> int:
 class Grams:
     """The counts of `text_N`, token ids below `vocab_size`, on its device.
 
-    Each of `gaps` says how far before the token that is counted those of a context stand, the farthest first.
-    Raises ValueError for a vocabulary that is too large and for a text without tokens.
+    Each of `gaps` says how far before the token that is counted those of a context stand, the farthest first;
+    below zero it is the token's class, by `classes_V`, that must be the same. Raises ValueError for a
+    vocabulary that is too large and for a text without tokens.
     """
 
-    def __init__(self, text_N: Tensor, vocab_size: int, gaps: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        text_N: Tensor,
+        vocab_size: int,
+        gaps: Sequence[Sequence[int]] = (),
+        classes_V: Tensor | None = None,
+    ) -> None:
         if vocab_size > largest_vocabulary():
             raise ValueError(f"vocab_size={vocab_size}, allowed: up to {largest_vocabulary()}")
         if not len(text_N):
@@ -50,7 +58,7 @@ class Grams:
         self.eights, counts = torch.unique(pair_N, return_counts=True)
         self.eights_before = running(counts)
         del pair_N, counts
-        self.gapped = [Gapped(text_N, vocab_size, back) for back in gaps]
+        self.gapped = [Gapped(text_N, vocab_size, back, classes_V) for back in gaps]
 
     def count(self, run: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """(occurrences, distinct ways to go on) of runs of 1 to 8 tokens, as many tensors.
@@ -105,28 +113,54 @@ class Grams:
         return low, torch.where(end > first, high, low)
 
 
-class Gapped:
-    """How often tokens of `text_N`, a ring, followed contexts whose tokens stand `back` before them."""
+def fits(back: Sequence[int], vocab_size: int, num_classes: int) -> bool:
+    """Whether such a context and the token after it make one signed number of 64 bits."""
+    number = vocab_size
+    for distance in back:
+        number *= vocab_size if distance > 0 else num_classes
+    return number < 2**63
 
-    def __init__(self, text_N: Tensor, vocab_size: int, back: Sequence[int]) -> None:
-        assert 1 <= len(back) < FOUR, back
-        self.vocab_size, self.back = vocab_size, tuple(back)
-        number_N = text_N.long().roll(back[0])
-        for distance in (*back[1:], 0):
-            number_N = number_N * vocab_size + text_N.long().roll(distance)
-        self.numbers = number_N.sort().values
+
+class Gapped:
+    """How often tokens of `text_N`, a ring, followed contexts whose tokens stand `back` before them.
+
+    Of a distance below zero the class of the token counts, by `classes_V`.
+    """
+
+    def __init__(
+        self, text_N: Tensor, vocab_size: int, back: Sequence[int], classes_V: Tensor | None = None
+    ) -> None:
+        self.vocab_size, self.back, self.classes_V = vocab_size, tuple(back), classes_V
+        self.num_classes = int(classes_V.max()) + 1 if classes_V is not None else 0
+        assert classes_V is not None or min(back) > 0, back
+        assert fits(back, vocab_size, self.num_classes), back
+        run = [text_N.long().roll(abs(distance)) for distance in back]
+        self.numbers = (self.number(run) * vocab_size + text_N.long()).sort().values
+
+    def number(self, run: Sequence[Tensor]) -> Tensor:
+        """The context as one number."""
+        number = torch.zeros_like(run[0], dtype=torch.int64)
+        for distance, token in zip(self.back, run, strict=True):
+            if distance > 0:
+                number = number * self.vocab_size + token.long()
+            else:
+                assert self.classes_V is not None
+                number = number * self.num_classes + self.classes_V[token.long()]
+        return number
 
     def count(self, run: Sequence[Tensor]) -> Tensor:
         """Occurrences of contexts, as many tensors as `back`, or with the token after them, one more.
 
         Their shapes are broadcast.
         """
-        assert len(self.back) <= len(run) <= len(self.back) + 1, len(run)
-        number = run[0].long()
-        for token in run[1:]:
-            number = number * self.vocab_size + token.long()
-        width = self.vocab_size if len(run) == len(self.back) else 1
-        low, high = (torch.searchsorted(self.numbers, end * width) for end in (number, number + 1))
+        *context, last = run
+        if len(run) == len(self.back):
+            low = self.number(run) * self.vocab_size
+            high = low + self.vocab_size
+        else:
+            low = self.number(context) * self.vocab_size + last.long()
+            high = low + 1
+        low, high = (torch.searchsorted(self.numbers, end) for end in (low, high))
         return high - low
 
 

@@ -42,8 +42,11 @@ class Rows:
         return self.back(range(length, 0, -1))
 
     def back(self, distances: Iterable[int]) -> list[Tensor]:
-        """The tokens so far before the next one, (B, T) each; 1 is the present one. As in `context`."""
-        return [self.tokens_BT.roll(distance - 1, 1) for distance in distances]
+        """The tokens so far before the next one, (B, T) each; 1 is the present one. As in `context`.
+
+        Of a distance below zero its size counts.
+        """
+        return [self.tokens_BT.roll(abs(distance) - 1, 1) for distance in distances]
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(row, first, end) of stretches that are worked on at once, all of them in order."""

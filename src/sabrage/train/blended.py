@@ -15,11 +15,13 @@ from torch import Tensor
 
 from sabrage.blend.blend import Blend
 from sabrage.blend.candidates import Candidates
+from sabrage.blend.classes import classes_of
 from sabrage.blend.evidence import Evidence, evidence_of
 from sabrage.blend.gate import Gate, fit
 from sabrage.blend.grams import Grams
 from sabrage.config import ConfigError, from_json, to_json
 from sabrage.data.stream import sufficiency
+from sabrage.model.lm import LM
 from sabrage.parts import Corpus
 from sabrage.recipe import Recipe
 from sabrage.run.checkpoint import CheckpointError
@@ -28,6 +30,8 @@ from sabrage.train.evaluate import Evaluator
 from sabrage.train.world import World
 
 FILE = "blend.safetensors"
+# What it is called there beside the gate's own tensors.
+CLASSES = "classes_V"
 
 
 def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
@@ -62,6 +66,7 @@ class Blended:
     shape: tuple[int | None, int | None]
     grams: Grams | None
     blocks: int
+    classes_V: Tensor | None = None
     gate: Gate | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -137,8 +142,13 @@ class Blended:
         return logits_MV
 
 
-def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -> Blended:
-    """The blend without a gate: of the first `blocks` blocks of the stream the newest are kept."""
+def counted(
+    recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int, classes_V: Tensor | None = None
+) -> Blended:
+    """The blend without a gate: of the first `blocks` blocks of the stream the newest are kept.
+
+    The network's own classes of tokens are found where they are asked for and not given.
+    """
     part = recipe.blend
     assert part is not None
     device = evaluator.world.device
@@ -152,8 +162,20 @@ def counted(recipe: Recipe, evaluator: Evaluator, corpus: Corpus, blocks: int) -
                 first = blocks + in_blocks(corpus, part.held_out)
                 unseen = stretch(corpus, first, in_blocks(corpus, part.unseen_tokens))[:-1]
                 text = np.concatenate((text, unseen))
-            made.grams = Grams(torch.from_numpy(text).to(device), recipe.model.vocab_size, part.gaps())
+            text_N, vocab_size = torch.from_numpy(text).to(device), recipe.model.vocab_size
+            if part.candidates and part.candidates.has_classes():
+                made.classes_V = network_classes(part.candidates, evaluator.model, text_N, classes_V)
+            made.grams = Grams(text_N, vocab_size, part.gaps(), made.classes_V)
     return made
+
+
+def network_classes(part: Candidates, model: LM, text_N: Tensor, given_V: Tensor | None) -> Tensor:
+    """(V,) the class of each token: as given, or by the network's rows at its input and in its head."""
+    if given_V is not None:
+        return given_V.to(text_N.device, torch.int64)
+    rows = [model.embedding.weight, model.head.weight]
+    counts_V = torch.bincount(text_N, minlength=len(rows[0]))
+    return classes_of(rows, counts_V, part.classes, seed=0)
 
 
 def newest(corpus: Corpus, blocks: int, tokens: int) -> np.ndarray:
@@ -196,6 +218,8 @@ def save(folder: Path, made: Blended, *, step: int) -> None:
     assert made.gate is not None
     place = folder / FILE
     tensors = {name: tensor.cpu().contiguous() for name, tensor in made.gate.state_dict().items()}
+    if made.classes_V is not None:
+        tensors[CLASSES] = made.classes_V.to("cpu", torch.int32)
     told = {"blocks": made.blocks, "step": step, "tensors": list(tensors)}
     if made.part.candidates:
         told["candidates"] = to_json(made.part.candidates)
@@ -235,7 +259,7 @@ def load(
         if candidates:
             units, each = tensors["rescoring.each.weight"].shape
             rescoring = each, units, candidates.layers
-        made = counted(recipe, evaluator, corpus, told["blocks"])
+        made = counted(recipe, evaluator, corpus, told["blocks"], tensors.pop(CLASSES, None))
         made.gate = Gate(features, experts, hidden, rescoring).requires_grad_(False)
         made.gate.load_state_dict(tensors)
         made.gate.to(evaluator.world.device)
