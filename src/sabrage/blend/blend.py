@@ -79,10 +79,10 @@ class Blend(Part):
                 f"blend.text_orders counts up to {largest_vocabulary()} token ids and model.vocab_size is "
                 f"{vocab_size}; use text_orders=0"
             ]
+        num_classes = self.candidates.classes if self.candidates else 0
         return [
-            f"blend.candidates.gaps has {list(back)}, too long to be counted with model.vocab_size="
-            f"{vocab_size}; "
-            "name three tokens at most, or classes in their place"
+            f"blend.candidates.gaps has {list(back)}, too long to count with vocab_size={vocab_size}; name "
+            "three tokens at most, or classes in their place"
             for back in self.gaps()
-            if not fits(back, vocab_size, self.candidates.classes if self.candidates else 0)
+            if not fits(back, vocab_size, num_classes)
         ]
