@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long
+.PHONY: demo test types units test-long
 
 demo: .venv/installed
 	$(BIN)/sabrage train demo
@@ -10,7 +10,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
+	@# Beside each other, since the type checker takes a minute on one core.
+	@$(MAKE) --no-print-directory --jobs 2 types units
+
+types: .venv/installed
 	$(BIN)/mypy
+
+units: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not long" --numprocesses 2 --dist loadfile --durations=10
 
 test-long: .venv/installed
