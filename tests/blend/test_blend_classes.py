@@ -1,4 +1,4 @@
-"""Classes of tokens: that alike rows come together, and what is counted after classes, by hand."""
+"""Classes of tokens: that alike rows come together, and that counts take them."""
 
 from dataclasses import replace
 
@@ -49,28 +49,6 @@ def test_classes_are_the_same_every_time_and_no_more_than_tokens():
     one, other = (classes_of([row_VD], counts_V, 7, seed=5) for _ in range(2))
     assert torch.equal(one, other)
     assert classes_of([row_VD[:4]], counts_V[:4], 7, seed=5).max() < 4
-
-
-@pytest.mark.parametrize("back", [(-1,), (-3, 2), (-4, -2, 1), (3, -1), (-5, -4, -3, -2, -1)])
-def test_contexts_of_classes_are_counted_as_by_hand(back):
-    table = Gapped(TEXT, VOCABULARY, back, CLASSES)
-    run_AN = torch.randint(VOCABULARY, (len(back), 50), generator=torch.Generator().manual_seed(4))
-    counts, hits = table.count(run_AN), table.count([*run_AN[..., None], torch.arange(VOCABULARY)])
-    text, size = TEXT.tolist(), len(TEXT)
-
-    def known(distance, token):
-        return token if distance > 0 else token % 3
-
-    for number, context in enumerate(run_AN.T.tolist()):
-        wanted = [known(distance, token) for distance, token in zip(back, context, strict=True)]
-        found = [
-            text[at]
-            for at in range(size)
-            if [known(distance, text[(at - abs(distance)) % size]) for distance in back] == wanted
-        ]
-        assert counts[number] == len(found)
-        assert hits[number].tolist() == [found.count(token) for token in range(VOCABULARY)]
-    assert counts.sum() > 0
 
 
 def test_long_contexts_fit_where_classes_are_few():

@@ -17,16 +17,24 @@ from sabrage.config import from_json, to_json
 VOCABULARY, LENGTH = 7, 40
 TEXT = torch.randint(VOCABULARY, (900,), generator=torch.Generator().manual_seed(0))
 GAPS = ((2,), (3, 2), (5, 1), (4, 2, 1))
+CLASSES = 3
 PLAIN = Candidates(followers=2, likeliest=3, nearest=0)
 PART = Blend(text_orders=3, cache=(), candidates=replace(PLAIN, gaps=GAPS))
 HEAD = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(3))
 
 
 def followers(back, context):
-    """The tokens of the text, a ring, before which `context` stands at these distances."""
+    """The tokens of the text, a ring, before which `context` stands; below zero its classes count."""
     text, size = TEXT.tolist(), len(TEXT)
+
+    def known(token, distance):
+        return token if distance > 0 else token % CLASSES
+
+    wanted = [known(token, distance) for token, distance in zip(context, back, strict=True)]
     return [
-        text[at] for at in range(size) if [text[(at - distance) % size] for distance in back] == list(context)
+        text[at]
+        for at in range(size)
+        if [known(text[(at - abs(distance)) % size], distance) for distance in back] == wanted
     ]
 
 
@@ -46,9 +54,9 @@ def said(part):
     return evidence_of(part, grams, head, tokens_BT, targets_BT, documents_BT, h_BTD, vocab_size=VOCABULARY)
 
 
-@pytest.mark.parametrize("back", GAPS)
+@pytest.mark.parametrize("back", [*GAPS, (-1,), (-3, 2), (-4, -2, 1), (3, -1), (-5, -4, -3, -2, -1)])
 def test_contexts_with_gaps_are_counted_as_by_hand(back):
-    table = Gapped(TEXT, VOCABULARY, back)
+    table = Gapped(TEXT, VOCABULARY, back, torch.arange(VOCABULARY) % CLASSES)
     run_AN = torch.randint(VOCABULARY, (len(back), 60), generator=torch.Generator().manual_seed(4))
     counts, hits = table.count(run_AN), table.count([*run_AN[..., None], torch.arange(VOCABULARY)])
     assert hits.shape == (60, VOCABULARY)

@@ -266,13 +266,13 @@ TINY = (
 @pytest.mark.slow
 def test_a_real_comparison_ends_with_a_result_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["study", "compare", "demo", "demo+model.layers=1", "--seeds", "1", "--steps", "6"]
+    words = ["study", "compare", "demo", "demo+model.layers=1", "--seeds", "2", "--steps", "6"]
     words += ["--result", "results/depth.json", "--out", "study"]
     assert main([*words, *(word for assignment in TINY for word in ("--set", assignment))]) == 0
     result = read_results(tmp_path / "results")["depth"]
-    assert [row["runs"] for row in result["rows"]] == [1, 1]
+    assert [row["runs"] for row in result["rows"]] == [2, 2]
     assert result["track"] == "embedded"
     assert (tmp_path / "study" / "summary.md").read_text().startswith("| variant | n | loss |")
-    manifest = read_run(tmp_path / "study" / "runs" / "demo--seed-0").manifest
-    assert (manifest["seed"], manifest["recipe"]["plan"]["steps"]) == (0, 6)
+    manifest = read_run(tmp_path / "study" / "runs" / "demo--seed-1").manifest
+    assert (manifest["seed"], manifest["recipe"]["plan"]["steps"]) == (1, 6)
     assert "demo+model.layers=1: " in capsys.readouterr().out

@@ -134,8 +134,8 @@ class Gapped:
         self.num_classes = int(classes_V.max()) + 1 if classes_V is not None else 0
         assert classes_V is not None or min(back) > 0, back
         assert fits(back, vocab_size, self.num_classes), back
-        run = [text_N.long().roll(abs(distance)) for distance in back]
-        self.numbers = (self.number(run) * vocab_size + text_N.long()).sort().values
+        run = [text_N.roll(abs(distance)) for distance in back]
+        self.numbers = (self.number(run) * vocab_size + text_N).sort().values
 
     def number(self, run: Sequence[Tensor]) -> Tensor:
         """The context as one number."""
