@@ -13,11 +13,9 @@
 #   ablate     each trick of `fast` left out alone, over TOKENS tokens, one seed, two runs a card at a time, of
 #              which one trains while the other compiles (1.5 a trick and card)
 # and, only when named:
-#   screen     eleven changes at once of what `fast` may become, in twelve whole passes, or of TOKENS tokens;
-#              like ablate two runs a card at a time (55)
+#   screen     eleven changes of `fast` at once, in twelve whole passes, or of TOKENS tokens; like ablate two
+#              runs a card at a time (50)
 #   leave      the five tricks that matter most left out alone over a whole pass, with `fast` and `base` (30)
-#   next       what `fast` may become, as `race` (4 a seed)
-#   try        three changes of `fast`, one whole pass each beside `fast` as it is (5 a change)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
 # they are. SEEDS names the seeds ("0 1"), CARDS the cards (all of them), TRACK what the losses are filed under
@@ -29,7 +27,7 @@
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,30p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,28p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,22 +39,8 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
-label='' sets=()
-# What `fast` may become, and what is screened on it. Why these: LOG.md, fewer layers, contexts with gaps.
+# What is screened on `fast`. Why these: LOG.md, fewer layers, contexts with gaps.
 near=(model.mixers.{0,1,2,3}.window)
-gaps='[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]'
-kinds='[-2,1],[2,-1],[-3,-2,-1],[-3,-2,1],[-3,2,1],[-5,-4,-3,-2,-1]'
-next=(
-  model.layers=12
-  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
-  "${near[@]/%/=256}"
-  model.head.columns=16384
-  model.embedding.rows=131072
-  optim.0.optimizer.cautious=false
-  'blend.candidates={"part":"Candidates","hidden":128,"layers":2}'
-  "blend.candidates.gaps=[$gaps,$kinds]"
-  blend.batch=8192
-)
 changes=(
   "$(IFS=+; echo "${near[*]/%/=128}")"
   model.mixers.4.window=1024
@@ -70,12 +54,6 @@ changes=(
   plan.lr.warmdown=1016
   plan.tokens_per_step.starts=[0,871]
 )
-# Why these: LOG.md, 3.50 within 220 steps. All but the first have graphs of their own.
-tries=(
-  optim.4.optimizer.lr=0.004
-  'model.feedforwards=[{"part":"FusedMlp","zero_init":true}]'
-  model.layers=14
-)
 # Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
 numbers=(
   'model.head.columns=0+model.head.proposal="uniform"'
@@ -83,13 +61,12 @@ numbers=(
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
-  local folder="$out/runs/${label:-$2}--seed-$3" program=(-m sabrage)
+  local folder="$out/runs/$2--seed-$3" program=(-m sabrage)
   [ -z "${4:-}" ] || program=(-m sabrage.cli.capped "$4")
   if ! grep -qs '"ending": "\(done\|target\)"' "$folder/result.json"; then
     rm -rf "$folder"
     CUDA_VISIBLE_DEVICES=$1 python3 "${program[@]}" train "$2" --seed "$3" "${track[@]}" \
-      "${sets[@]}" --out "$folder" \
-      >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
+      --out "$folder" >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
   fi
   [ -n "${KEEP:-}" ] || rm -rf "$folder/checkpoints"
   local card="$out/runs/card-$1.nocap.json"
@@ -116,19 +93,13 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
-become() {  # what `fast` may become, in folders of its own
-  local label=next sets=("${next[@]/#/--set=}")
-  race fast
-}
-
 study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study "$@" "${track[@]}" \
     --out "$out/$stage" --result "$out/$stage.json"
 }
 
 screen() {  # all changes at once, twelve runs over the cards
-  study screen fast "${next[@]/#/--set=}" "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} \
-    --parallel "$lanes"
+  study screen fast "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} --parallel "$lanes"
 }
 
 # What `fast` and `base` differ by, whole parts first, which are left out piece by piece.
@@ -137,7 +108,7 @@ parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
 small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
 # Worth no whole pass.
 rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales
-  LayerSkips FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.{cautious,normuon})
+  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.normuon)
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \
@@ -148,21 +119,15 @@ ablate() { without --tokens "${TOKENS:-47185920}" "${numbers[@]/#/--also=}"; }
 
 leave() { without "${rest[@]/#/--keep=}"; }
 
-try() {  # each change alone, as many runs at a time as there are cards
-  study compare fast "${tries[@]/#/fast+}" --seeds 1
-}
-
 run() {
   case $1 in
     race) race fast ;;
-    next) become ;;
     small) race fast-24gb 22 ;;
     min) race fast-min ;;
     base) race base ;;
     breakdown) CUDA_VISIBLE_DEVICES=${cards[0]} python3 -m sabrage.bench.breakdown nocap base fast \
       --out "$out/breakdown.json" "${commit[@]}" ;;
     screen) screen ;;
-    try) try ;;
     ablate) ablate ;;
     leave) leave ;;
     *) echo "no stage $1" >&2; return 2 ;;

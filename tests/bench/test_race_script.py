@@ -10,7 +10,7 @@ import torch
 from sabrage.cli import parse
 from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
-from sabrage.study.plan import buildable, fitted, parse_variant
+from sabrage.study.plan import buildable, fitted
 from sabrage.study.screening import lettered, screening
 from sabrage.train.loop import train
 from sabrage.train.world import World
@@ -158,27 +158,6 @@ def test_what_is_screened_can_be_run_together(race):
     # Every optimizer group still moves something.
     for recipe in recipes[:3]:
         buildable(recipe)
-
-
-def test_what_fast_may_become_is_raced_as_it_is_screened(race, tmp_path):
-    code, said, commands = race("next", CARDS="0", SEEDS="1")
-    assert code == 0, said
-    (words,) = (words for words in commands if "train" in words)
-    command = parse(words[words.index("train") :])
-    assert command.set[2:] == studied(race, "screen").set[:-2]
-    recipe = fitted(parse_variant("fast", command.set).make(), tokens=None).validate()
-    assert (recipe.model.layers, recipe.blend.batch) == (12, 8192)
-    assert {mixer.window for mixer in recipe.model.mixers[:4]} == {256}
-    assert len(recipe.blend.gaps()) == 12
-    assert (tmp_path / "out" / "runs" / "next--seed-1" / "result.json").is_file()
-
-
-def test_what_is_tried_can_be_run_and_takes_the_same_tokens_as_fast(race):
-    compare = studied(race, "try")
-    assert (compare.recipes[0], compare.seeds, compare.steps) == ("fast", 1, None)
-    recipes = [parse_variant(text, compare.set).make().validate() for text in compare.recipes]
-    assert len(set(recipes)) == len(recipes) == 4
-    assert {recipe.plan.tokens() for recipe in recipes} == {find("fast").plan.tokens()}
 
 
 def test_what_matters_most_is_left_out_over_a_whole_pass(race):

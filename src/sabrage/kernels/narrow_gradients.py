@@ -23,7 +23,10 @@ from sabrage.kernels.fp8 import quantised, traced_product
 from sabrage.kernels.language import jit, num_processors, require, tl
 from sabrage.kernels.tiles import Tile, place_of
 
-TILE = Tile(128, 256, 128, num_warps=8, num_stages=3)
+# Two programs a multiprocessor: one multiplies while the other writes. On an H200, 65,536 tokens of width
+# 768: 0.45 ms; a single one with tiles twice as wide 0.47, and 0.51 where it asks for act(z) half by half.
+TILE = Tile(128, 128, 64, num_warps=4, num_stages=4)
+PROGRAMS_A_PROCESSOR = 2
 HEADROOM = 16.0
 LARGEST = torch.finfo(torch.float8_e5m2).max
 
@@ -63,7 +66,8 @@ def _hidden_gradient(
         return grad_z_NF, narrow_NF
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    programs = min(-(-m // TILE.m) * -(-n // TILE.n), num_processors(post_NF.device))
+    at_once = PROGRAMS_A_PROCESSOR * num_processors(post_NF.device)
+    programs = min(-(-m // TILE.m) * -(-n // TILE.n), at_once)
     half = [TILE.m, TILE.n // 2]
     _mapped_product[(programs,)](
         TensorDescriptor.from_tensor(narrow_ND.contiguous(), [TILE.m, TILE.k]),
@@ -116,10 +120,12 @@ def _mapped_product(
             total = tl.dot(a.load([row, depth]), b.load([column, depth]).T, total)
         halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         first, second = tl.split(halves)
-        first *= factor * tl.sqrt(kept.load([row, column]).to(tl.float32))
+        # Both are asked for before either is waited for.
+        left, right = kept.load([row, column]), kept.load([row, column + BLOCK_N // 2])
+        first *= factor * tl.sqrt(left.to(tl.float32))
+        second *= factor * tl.sqrt(right.to(tl.float32))
         out.store([row, column], first.to(out.dtype))
         narrow.store([row, column], tl.clamp(first * back, -LARGEST, LARGEST).to(narrow.dtype))
-        second *= factor * tl.sqrt(kept.load([row, column + BLOCK_N // 2]).to(tl.float32))
         out.store([row, column + BLOCK_N // 2], second.to(out.dtype))
         cut = tl.clamp(second * back, -LARGEST, LARGEST)
         narrow.store([row, column + BLOCK_N // 2], cut.to(narrow.dtype))
