@@ -108,7 +108,7 @@ parts=(data model model.{embedding,mixers,wiring,head} optim plan plan.lr blend)
 small=(MultiHead.rotary_backend TokenTable.normalise FusedMlp.zero_init Muon.orthogonalise)
 # Worth no whole pass.
 rest=(model.feedforwards.0 {plan,Plan}.momentum ModelSpec.narrow_stream BigramHash MultiHead.window SkipScales
-  FusedMlp.fp8_gradients FusedHead.{zero_init,fp8,proposal} Muon.normuon)
+  FusedMlp.fp8_gradients FusedHead.{zero_init,softcap,fp8,proposal} Muon.{cautious,normuon})
 
 without() {  # [WORDS...]: `fast` without each of its tricks but those that are kept
   study ablate fast --base base --alone --seeds 1 "${parts[@]/#/--keep=}" "${small[@]/#/--keep=}" "$@" \
@@ -117,7 +117,7 @@ without() {  # [WORDS...]: `fast` without each of its tricks but those that are 
 
 ablate() { without --tokens "${TOKENS:-47185920}" "${numbers[@]/#/--also=}"; }
 
-leave() { without "${rest[@]/#/--keep=}"; }
+leave() { without "${rest[@]/#/--keep=}" --also=blend.candidates=null; }
 
 run() {
   case $1 in

@@ -164,7 +164,7 @@ def test_what_matters_most_is_left_out_over_a_whole_pass(race):
     plan, _ = studied(race, "leave").plan()
     names = [variant.name.removeprefix("without ") for variant in plan.variants]
     tricks = ["plan.tokens_per_step", "ShardFolder.order", "MultiHead.key_offset", "ValueEmbeddings"]
-    assert names == ["fast", *tricks, "FusedHead.softcap", "base"]
+    assert names == ["fast", "with fast+blend.candidates=null", *tricks, "base"]
     tokens = [variant.make().plan.tokens() for variant in plan.variants]
     assert plan.tokens is None
     assert all(abs(each / find("fast").plan.tokens() - 1) < 0.001 for each in tokens)
