@@ -233,12 +233,9 @@ def test_memory_grows_with_tokens_and_layers_and_is_twice_in_activations_when_pr
     assert memory_estimate(replace(spec, layers=6), 1024) < memory_estimate(spec, 1024)
 
 
-@pytest.mark.parametrize(
-    ("name", "pairs", "rows", "measured"), [("fast", 262_144, 32, 29.0), ("fast-24gb", 131_072, 8, 12.7)]
-)
-def test_a_head_that_holds_few_logits_takes_less_memory(name, pairs, rows, measured):
+@pytest.mark.parametrize(("name", "rows", "measured"), [("fast", 32, 29.0), ("fast-24gb", 8, 12.7)])
+def test_a_head_that_holds_few_logits_takes_less_memory(name, rows, measured):
     spec, tokens = find(name).model, rows * 2048
-    spec = replace(spec, embedding=replace(spec.embedding, rows=pairs))
     estimate = memory_estimate(spec, tokens)
     assert estimate == pytest.approx(measured * 2**30, rel=0.07)
     plain = replace(spec, head=LinearHead(tied=spec.head.tied))

@@ -8,21 +8,20 @@ Read `fast` from its model down. Why it is fast:
 - Tables are cheap: a row is read where its token occurs and costs no product. Pairs of tokens and the values
   of six layers have tables of their own, so that the matrices need not learn word-pair statistics.
 - Small batches early: one GPU pays no communication, and the first tokens teach more in small steps.
-- Rows hold whole documents that do not see each other; four layers in five look 256 tokens back. What no
+- Rows hold whole documents that do not see each other; four layers in five look 512 tokens back. What no
   token sees costs no time, and validation, in long rows, gives nearly every token its whole document.
 - The fifth finds what followed a token earlier: half of its keys are those of the token before.
 - The head is a third of the work: fused, so that its logits are never held, at zero to begin with, two of its
-  three products in FP8, and in training over a third of the vocabulary: the targets, and others drawn by
+  three products in FP8, and in training over two fifths of the vocabulary: the targets, and others drawn by
   how often they have been targets and weighed so that their sum stays what it is.
 - What stands between the products is traffic: a stream in bf16 halves it, kernels of our own read each number
   once (QK-norm, rotation and values in one pass, ReLU^2 within the products), and attention knows one span of
-  keys a query, which is all that documents and windows ask. What this saved pays for layers.
+  keys a query, which is all that documents and windows ask. What this saved pays for two more layers.
 - The card works at its limit of power, so that fewer bits save time twice: two of the four products of a
   perceptron's backward pass are FP8.
 - A network that sees each token once remembers and copies worse than a lookup. At the end the text that it
   was trained on is counted, and a small gate mixes these counts, and what the document has shown so far, in.
-  Tokens that the counts, the document or the network name are looked at one by one, also after contexts of
-  which some tokens do not count, or only their kind.
+  Tokens that the counts, the document or the network name are looked at one by one.
 
 What each part bought is told in LOG.md and docs/results.md.
 
@@ -57,12 +56,13 @@ from sabrage.parts import OptimizerGroup
 from sabrage.plan import Plan, Ramp, Stages, Trapezoid
 from sabrage.recipe import Budget
 from sabrage.recipes.base import MATRICES, base
+from sabrage.wiring.layer_skips import LayerSkips
 from sabrage.wiring.residual import Residual
 from sabrage.wiring.skip_scales import SkipScales
 from sabrage.wiring.skips import Skipping
 from sabrage.wiring.value_embeddings import ValueEmbeddings
 
-NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=256, rotary_backend="auto")
+NEAR = MultiHead(heads=6, qk_norm=True, zero_init=True, window=512, rotary_backend="auto")
 # As long as a row in training, so that the longer rows of validation hold no distance that is new. Half of a
 # key does not turn and is that of the token before: what followed this token earlier takes one layer to find.
 FAR = replace(NEAR, window=2048, rotary=Rotary(share=0.5), key_offset=True)
@@ -72,15 +72,10 @@ HEAD = FusedHead(
     zero_init=True,
     softcap=15.0,
     fp8=True,
-    columns=16_384,
+    columns=20_480,
     sample_tokens=16_384,
     proposal="counts",
 )
-
-# Contexts whose tokens do not all touch, and those of which the classes of tokens (below zero) say enough.
-GAPS = ((3, 2), (3, 1), (4, 2, 1), (4, 1), (4, 3, 1), (4, 3, 2))
-KINDS = ((-2, 1), (2, -1), (-3, -2, -1), (-3, -2, 1), (-3, 2, 1), (-5, -4, -3, -2, -1))
-BLEND = Blend(candidates=Candidates(gaps=GAPS + KINDS, hidden=128, layers=2), batch=8192, steps=1000)
 
 fast = replace(
     base,
@@ -90,10 +85,12 @@ fast = replace(
     model=replace(
         base.model,
         layers=13,
-        embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
+        embedding=BigramHash(inner=TokenTable(normalise=True)),
         mixers=(NEAR, NEAR, NEAR, NEAR, FAR),
         feedforwards=(FusedMlp(zero_init=True, fp8_gradients=True),),
-        wiring=ValueEmbeddings(inner=Skipping(residual=Residual(), skips=(SkipScales(),)), gates=6),
+        wiring=ValueEmbeddings(
+            inner=Skipping(residual=Residual(), skips=(SkipScales(), LayerSkips())), gates=6
+        ),
         head=HEAD,
         narrow_stream=True,
     ),
@@ -124,24 +121,25 @@ fast = replace(
         momentum=Ramp(first=0.85, last=0.95, rise=280, fall=70),
     ),
     budget=Budget(evaluate_every=240, evaluation_length=8192, evaluation_documents=True),
-    blend=BLEND,
+    blend=Blend(candidates=Candidates(most=72), steps=1000),
 )
 
-# 16 rows at a time: 22 GB hold no more, and with 8 a fast card waits for the host. Fewer contexts with gaps,
-# since each takes memory at the end. Nothing in it needs FP8 or Hopper. Windows, columns and the batches that
-# the blend is fitted in are those that it was raced with.
+# Half the pairs and 16 rows at a time: weights, gradients and moments of the tables leave room for no more in
+# 22 GB, and with 8 rows a fast card waits for the host. Nothing in it needs FP8 or Hopper. It leaves out the
+# U-net's skips, which bring nothing, and candidates are also looked up after contexts with gaps.
 fast_24gb = replace(
     fast,
     name="fast-24gb",
     summary="fast for 24 GB cards such as the RTX 3090 and 4090",
     model=replace(
         fast.model,
-        mixers=(replace(NEAR, window=512),) * 4 + (FAR,),
+        embedding=BigramHash(inner=TokenTable(normalise=True), rows=131_072),
         feedforwards=(FusedMlp(zero_init=True),),
-        head=replace(HEAD, fp8=False, columns=20_480),
+        wiring=ValueEmbeddings(inner=Skipping(residual=Residual(), skips=(SkipScales(),)), gates=6),
+        head=replace(HEAD, fp8=False),
     ),
     runtime=replace(fast.runtime, micro_batch=16),
-    blend=Blend(candidates=Candidates(gaps=GAPS[:3], hidden=128, layers=2), steps=1000),
+    blend=Blend(candidates=Candidates(gaps=((3, 2), (3, 1), (4, 2, 1)), hidden=128, layers=2), steps=1000),
 )
 
 # Muon, QK-norm, ReLU^2 and outputs that start at zero are the base's.
