@@ -13,8 +13,9 @@
 #   ablate     each trick of `fast` left out alone, over TOKENS tokens, one seed, two runs a card at a time, of
 #              which one trains while the other compiles (1.5 a trick and card)
 # and, only when named:
-#   screen     eleven changes of `fast` at once, in twelve whole passes, or of TOKENS tokens; like ablate two
-#              runs a card at a time (50)
+#   next       what `fast` may become, as `race` (4 a seed)
+#   screen     eleven changes of that at once, in twelve whole passes, in runs of TOKENS tokens, or in the first
+#              UNTIL steps of whole passes (480: 15); like ablate two runs a card at a time (50)
 #   leave      the five tricks that matter most left out alone over a whole pass, with `fast` and `base` (30)
 # After a card's first run a step of the baseline is timed on it, and OUT/race.json is made of all runs so
 # far. A run that is done is not repeated; a half one starts anew, since it would time nothing. Recipes run as
@@ -27,7 +28,7 @@
 #   <!-- table:race -->, <!-- /table --> and ![the race](../results/race.svg)
 # and let `sabrage report --markdown` fill the tables and draw the curves.
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,28p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,29p' "$0"; exit 2; }
 data=$1 out=$2; shift 2
 stages=("${@:-race small min base breakdown ablate}")
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -39,20 +40,30 @@ read -ra cards <<<"${CARDS:-${visible//,/ }}"
 [ ${#cards[@]} -gt 0 ] || cards=(0)
 lanes=$((2 * ${#cards[@]}))
 mkdir -p "$out/runs"
-# What is screened on `fast`: what one of them cost over a whole pass and not over a third of one. Why these:
-# LOG.md, what was screened over 480 steps.
+label='' sets=()
+# What `fast` may become, and what is screened on it. Why these: LOG.md, what was screened over 480 steps.
 near=(model.mixers.{0,1,2}.window)
-changes=(
-  "$(IFS=+; echo "${near[*]/%/=256}")"
-  model.mixers.3.window=256
+gaps='[3,2],[3,1],[4,2,1],[4,1],[4,3,1],[4,3,2]'
+kinds='[-2,1],[2,-1],[-3,-2,-1],[-3,-2,1],[-3,2,1],[-5,-4,-3,-2,-1]'
+next=(
+  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
   model.head.columns=16384
   model.embedding.rows=131072
-  'model.wiring.inner.skips=[{"part":"SkipScales"}]'
+  'blend.candidates={"part":"Candidates","hidden":128,"layers":2}'
+  "blend.candidates.gaps=[$gaps,$kinds]"
+  blend.batch=8192
+)
+changes=(
+  "$(IFS=+; echo "${near[*]/%/=256}")"
+  model.mixers.4.window=1024
+  model.head.columns=12288
+  model.embedding.rows=65536
+  model.layers=12
+  model.feedforwards.0.expansion=3
+  model.feedforwards.0.fp8_gradients=false
   optim.0.optimizer.cautious=false
   optim.0.optimizer.weight_decay=0.14
-  model.layers=12
-  model.feedforwards.0.fp8_gradients=false
-  plan.lr.warmdown=1016
+  'model.wiring.inner.skips=[{"part":"SkipScales","period":3}]'
   plan.tokens_per_step.starts=[0,871]
 )
 # Tricks of `fast` that are numbers, turned off: sampled columns, and what looks at candidates.
@@ -62,12 +73,12 @@ numbers=(
 )
 
 train() {  # CARD RECIPE SEED [GIB]: one run to its end; a step of the baseline after the card's first
-  local folder="$out/runs/$2--seed-$3" program=(-m sabrage)
+  local folder="$out/runs/${label:-$2}--seed-$3" program=(-m sabrage)
   [ -z "${4:-}" ] || program=(-m sabrage.cli.capped "$4")
   if ! grep -qs '"ending": "\(done\|target\)"' "$folder/result.json"; then
     rm -rf "$folder"
     CUDA_VISIBLE_DEVICES=$1 python3 "${program[@]}" train "$2" --seed "$3" "${track[@]}" \
-      --out "$folder" >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
+      "${sets[@]}" --out "$folder" >"$folder.txt" 2>&1 || { tail -n 5 "$folder.txt"; return 1; }
   fi
   [ -n "${KEEP:-}" ] || rm -rf "$folder/checkpoints"
   local card="$out/runs/card-$1.nocap.json"
@@ -94,13 +105,19 @@ race() {  # RECIPE [GIB]: every seed, as many at a time as there are cards, and 
   return $ok
 }
 
+become() {  # what `fast` may become, in folders of its own
+  local label=next sets=("${next[@]/#/--set=}")
+  race fast
+}
+
 study() {  # KIND WORDS...: on the cards; its folder and result file are named by the stage
   CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${cards[*]}") python3 -m sabrage study "$@" "${track[@]}" \
     --out "$out/$stage" --result "$out/$stage.json"
 }
 
 screen() {  # all changes at once, twelve runs over the cards
-  study screen fast "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} --parallel "$lanes"
+  study screen fast "${next[@]/#/--set=}" "${changes[@]/#/--change=}" ${TOKENS:+--tokens "$TOKENS"} \
+    ${UNTIL:+--set "budget.until=$UNTIL"} --parallel "$lanes"
 }
 
 # What `fast` and `base` differ by, whole parts first, which are left out piece by piece.
@@ -123,6 +140,7 @@ leave() { without "${rest[@]/#/--keep=}" --also=blend.candidates=null; }
 run() {
   case $1 in
     race) race fast ;;
+    next) become ;;
     small) race fast-24gb 22 ;;
     min) race fast-min ;;
     base) race base ;;

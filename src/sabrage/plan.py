@@ -241,13 +241,13 @@ class Plan(Part):
         moved = {field.name: _scaled(getattr(self, field.name), factor) for field in fields(self)}
         return replace(self, **{**moved, "steps": steps})
 
-    def tokens(self) -> int:
-        """Training tokens that the whole plan takes."""
+    def tokens(self, steps: int | None = None) -> int:
+        """Training tokens of the first `steps` steps, by default of all."""
         starts = [knobs.step for knobs in self.stages()]
-        ends = [*starts[1:], self.steps]
+        last = self.steps if steps is None else steps
         return sum(
-            (end - start) * staged(self.tokens_per_step, start)
-            for start, end in zip(starts, ends, strict=True)
+            max(min(end, last) - start, 0) * staged(self.tokens_per_step, start)
+            for start, end in zip(starts, [*starts[1:], self.steps], strict=True)
         )
 
 

@@ -19,15 +19,17 @@ class Budget(Part):
     """How far to go and how often to look; cadences in steps, 0 meaning never.
 
     `target` (nats) ends the run at the first validation that reaches it: for exploring, not for claims,
-    which fix the number of steps beforehand. `evaluation_tokens` targets are scored in rows of
-    `evaluation_length`, through windows of at least `evaluation_window` where the plan has windows; with
-    `evaluation_documents` attention stays within the documents that the inputs so far show, and with
-    `by_position` the last validation is also told by the position in the row. Checkpoints are also written
-    at the end and when the run is interrupted.
+    which fix the number of steps beforehand. `until` ends it after that step with a validation, its courses
+    those of the whole plan: what a change costs on the way, for part of the price. `evaluation_tokens`
+    targets are scored in rows of `evaluation_length`, through windows of at least `evaluation_window` where
+    the plan has windows; with `evaluation_documents` attention stays within the documents that the inputs so
+    far show, and with `by_position` the last validation is also told by the position in the row. Checkpoints
+    are also written at the end and when the run is interrupted.
     """
 
     seed: int = 0
     target: float | None = None
+    until: int | None = None
     evaluate_every: int = 128
     evaluation_tokens: int = 1_048_576
     evaluation_length: int = 1024
@@ -41,8 +43,7 @@ class Budget(Part):
     def problems(self) -> list[str]:
         least = {"evaluation_tokens": 1, "evaluation_length": 1, "log_every": 1, "keep_checkpoints": 1}
         least |= {"evaluate_every": 0, "checkpoint_every": 0, "seed": 0}
-        if self.evaluation_window is not None:
-            least["evaluation_window"] = 1
+        least |= {name: 1 for name in ("evaluation_window", "until") if getattr(self, name) is not None}
         return [
             f"budget.{name}={getattr(self, name)} must be at least {bound}"
             for name, bound in least.items()
@@ -177,6 +178,10 @@ class Recipe(Part):
         optim = tuple(replace(g, lr=g.lr.scaled(factor)) if g.lr else g for g in self.optim)
         return replace(self, plan=self.plan.scaled(steps), optim=optim)
 
+    def last_step(self) -> int:
+        """After which step a run ends: the plan's last, or the budget's where that is an earlier one."""
+        return min(self.plan.steps, self.budget.until or self.plan.steps)
+
     def evaluation_window(self, step: int) -> int | None:
         """The window of a validation after `step` steps: that of the last step, or budget's if larger."""
         window = self.plan.at(max(step - 1, 0)).window
@@ -192,7 +197,7 @@ class Recipe(Part):
 
     def evaluation_shapes(self) -> list[tuple[int | None, int | None]]:
         """Those of all validations of the run, each once."""
-        every, steps = self.budget.evaluate_every, self.plan.steps
+        every, steps = self.budget.evaluate_every, self.last_step()
         ends = [*range(every, steps, every), steps] if every else [steps]
         return list(dict.fromkeys(map(self.evaluation_shape, ends)))
 

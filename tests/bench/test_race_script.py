@@ -10,7 +10,7 @@ import torch
 from sabrage.cli import parse
 from sabrage.recipes import find
 from sabrage.run.folder import RunFolder
-from sabrage.study.plan import buildable, fitted
+from sabrage.study.plan import buildable, fitted, parse_variant
 from sabrage.study.screening import lettered, screening
 from sabrage.train.loop import train
 from sabrage.train.world import World
@@ -134,9 +134,9 @@ def test_all_stages_give_commands_that_parse(race):
     assert (ablation.recipe, ablation.base, ablation.alone) == ("fast", "base", True)
 
 
-def studied(race, stage):
+def studied(race, stage, **environment):
     """What a stage that is one study asks for, on two cards."""
-    code, said, commands = race(stage, CARDS="0 1")
+    code, said, commands = race(stage, CARDS="0 1", **environment)
     assert code == 0, said
     (words,) = [words for words in commands if "study" in words]
     assert words[0] == "0,1"
@@ -158,6 +158,21 @@ def test_what_is_screened_can_be_run_together(race):
     # Every optimizer group still moves something.
     for recipe in recipes[:3]:
         buildable(recipe)
+    early = studied(race, "screen", UNTIL="480")
+    made = screening(early.recipe, lettered(early.change), early.set)[1].make()
+    assert (made.last_step(), made.plan.steps) == (480, find("fast").plan.steps)
+
+
+def test_what_fast_may_become_is_raced_as_it_is_screened(race, tmp_path):
+    code, said, commands = race("next", CARDS="0", SEEDS="1")
+    assert code == 0, said
+    (words,) = (words for words in commands if "train" in words)
+    command = parse(words[words.index("train") :])
+    assert command.set[2:] == studied(race, "screen").set[:-2]
+    recipe = fitted(parse_variant("fast", command.set).make(), tokens=None).validate()
+    assert (recipe.model.head.columns, recipe.blend.batch) == (16_384, 8192)
+    assert len(recipe.blend.gaps()) == 12
+    assert (tmp_path / "out" / "runs" / "next--seed-1" / "result.json").is_file()
 
 
 def test_what_matters_most_is_left_out_over_a_whole_pass(race):

@@ -69,6 +69,7 @@ def test_stages_list_every_shape_once_a_stretch_and_their_tokens_add_up():
     assert (
         plan.tokens() == sum(plan.at(step).tokens_per_step for step in range(plan.steps)) == 4 * 64 + 6 * 128
     )
+    assert [plan.tokens(steps) for steps in (0, 3, 4, 7, 10)] == [0, 192, 256, 640, plan.tokens()]
 
 
 def test_the_baseline_takes_two_and_a_half_billion_tokens():

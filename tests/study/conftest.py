@@ -56,7 +56,8 @@ with open(given.out / "log.jsonl", "w") as log:
         log.write(json.dumps({"event": "validation", **common, "loss": loss}) + "\\n")
 seconds = steps * step_seconds
 result = {
-    "ending": "done", "validation_loss": loss, "steps": steps, "tokens": steps * 4096,
+    "ending": "until" if "budget.until" in values else "done",
+    "validation_loss": loss, "steps": steps, "tokens": steps * 4096,
     "tokens_per_second": 4096 / step_seconds, "train_seconds": seconds, "nocap_seconds": seconds + 1,
     "wall_seconds": seconds + 2, "median_step_seconds": step_seconds, "peak_memory": None,
 }

@@ -112,6 +112,15 @@ def test_checkpoints_of_done_runs_go_unless_they_are_wanted(program, tmp_path, k
     assert (job.folder / "checkpoints").exists() == kept
 
 
+def test_runs_that_end_on_the_way_are_done_and_the_summary_says_so(program, tmp_path):
+    variants = tuple(parse_variant(text, ("budget.until=40",)) for text in ("demo", "demo+model.layers=6"))
+    plan = StudyPlan(kind="compare", variants=variants, seeds=(0,))
+    jobs = run_study(plan, tmp_path / "study", Local(program=program))
+    assert {job.state() for job in jobs} == {"done"}
+    notes = summarise(plan, jobs, {}, name="study")["notes"]
+    assert sum("ended on the way (budget.until)" in note for note in notes) == 1
+
+
 def test_a_run_that_left_no_checkpoint_starts_anew(program, tmp_path):
     job = Job(parse_variant("demo"), 0, tmp_path / "runs" / "demo")
     job.folder.mkdir(parents=True)

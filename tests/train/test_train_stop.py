@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sabrage.blend.blend import Blend
 from sabrage.config import override
 from sabrage.objective.next_token import NextTokenLoss
 from sabrage.optim.adamw import AdamW
@@ -116,7 +117,31 @@ def test_the_target_ends_the_run_at_the_first_validation_at_or_below_it(tiny, ru
     assert load_newest(run.path / "checkpoints", warn=pytest.fail).step == 8
 
 
-def test_a_finished_run_that_is_resumed_keeps_its_result(tiny, run_recipe):
+def test_a_run_until_a_step_is_the_beginning_of_the_whole(tiny, run_recipe, capsys):
+    # The rate rises to the end of what is taken and falls after it.
+    recipe = replace(
+        override(tiny, 'plan.lr={"part": "Trapezoid", "warmup": 2, "warmdown": 5}'), blend=Blend()
+    )
+    _, whole = run_recipe(replace(recipe, blend=None), name="whole")
+    outcome, run = run_recipe(override(recipe, "budget.until=7"))
+    assert (outcome.ending, outcome.steps, run.result["ending"]) == ("until", 7, "until")
+    parts = [
+        [(record["step"], record["loss"], record["lr"]) for record in each.events("train")]
+        for each in (run, whole)
+    ]
+    assert len(parts[1]) == 12
+    assert parts[0] == parts[1][:7]
+    assert [record["step"] for record in run.events("validation")] == [4, 7]
+    # The blend is for the end, which this run does not reach.
+    assert run.result["validation_loss"] == outcome.validation_loss
+    assert not run.events("blend")
+    assert load_newest(run.path / "checkpoints", warn=pytest.fail).step == 7
+    assert "step 7/7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("until", ["null", "8"])
+def test_a_finished_run_that_is_resumed_keeps_its_result(tiny, run_recipe, until):
+    tiny = override(tiny, f"budget.until={until}")
     first, before = run_recipe(tiny)
     again, after = run_recipe(tiny, resume=True)
     assert after.result == before.result

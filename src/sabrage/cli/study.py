@@ -115,6 +115,7 @@ class Compare(Paired):
       sabrage study compare demo demo+model.layers=6 --seeds 3 --steps 200
       sabrage study compare base base-adamw --seeds 3
       sabrage study compare nocap muon --minutes 20
+      sabrage study compare fast fast+model.head.columns=16384 --seeds 1 --set budget.until=480
     """
 
     recipes: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE...")]

@@ -128,9 +128,11 @@ def announce(recipe: "Recipe", corpus: "Corpus", folder: "RunFolder") -> None:
     from sabrage.data.stream import sufficiency
     from sabrage.model.counts import num_parameters
 
-    enough = sufficiency(corpus.train, recipe.plan.tokens())
+    enough = sufficiency(corpus.train, recipe.plan.tokens(recipe.last_step()))
     say(f"[bold]{recipe.name}[/bold]: {recipe.summary}")
-    say(f"{num_parameters(recipe.model):,} parameters; {recipe.plan.steps:,} steps, {enough.needed:,} tokens")
+    steps, last = recipe.plan.steps, recipe.last_step()
+    taken = f"{steps:,} steps" if last == steps else f"the first {last:,} of {steps:,} steps"
+    say(f"{num_parameters(recipe.model):,} parameters; {taken}, {enough.needed:,} tokens")
     say(f"data: track {corpus.track}, {enough.available:,} training tokens, {enough.epochs:.2f} epochs")
     if not enough.suffices:
         say("[yellow]the data is used more than once: get more of it, or take fewer steps[/yellow]")

@@ -31,6 +31,8 @@ from sabrage.train.interrupt import Interruption
 SECONDS_BETWEEN_LOOKS = 0.05
 GPU = "CUDA_VISIBLE_DEVICES"
 LAST_LINES = 20
+# Of a run that went as far as it was to go.
+ENDINGS = ("done", "target", "until")
 Block = Sequence["Job"]
 
 
@@ -57,7 +59,7 @@ class Job:
     def state(self) -> Literal["done", "failed", "started", "waiting"]:
         """What the files say; a run that ended early by a signal is "started"."""
         result = RunFolder(self.folder).result
-        if result.is_file() and json.loads(result.read_text())["ending"] in ("done", "target"):
+        if result.is_file() and json.loads(result.read_text())["ending"] in ENDINGS:
             return "done"
         if self.failure.is_file():
             return "failed"

@@ -64,6 +64,8 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         found.append("the code had changes that are not in the commit; the manifests hold them")
     if any(run.inline for run in runs):
         found.append("runs shared a process (inline) or took turns on a GPU: no wall and no nocap seconds")
+    if any(run.result and run.result["ending"] == "until" for run in runs):
+        found.append("runs ended on the way (budget.until): losses before their rates fall, without a blend")
     return found
 
 

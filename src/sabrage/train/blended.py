@@ -36,7 +36,7 @@ CLASSES = "classes_V"
 
 def check_room(recipe: Recipe, corpus: Corpus, world: World) -> None:
     """Raises ConfigError where a blend would be fitted on tokens that were trained on, or by many."""
-    if recipe.blend is None:
+    if recipe.blend is None or recipe.last_step() < recipe.plan.steps:
         return
     if world.size > 1:
         raise ConfigError("a blend is fitted by one process; start without torchrun, or use blend=null")

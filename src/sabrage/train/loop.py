@@ -37,7 +37,7 @@ class TrainingStopped(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: "done", "target" or "interrupted", its last validation loss (nats) and steps done.
+    """How a run ended ("done", "target", "until" or "interrupted"), its last validation loss (nats), steps.
 
     `signal` is the one that interrupted this process, or None.
     """
@@ -123,17 +123,19 @@ def run_steps(
     """The loop itself; returns how it ended."""
     plan, budget, world = recipe.plan, recipe.budget, step.world
     losses: list[Tensor] = []
-    if session.step >= plan.steps:
-        return "done"
+    end = recipe.last_step()
+    ending = "done" if end == plan.steps else "until"
+    if session.step >= end:
+        return ending
     with make_loader(recipe, corpus, world, step=session.step, block=session.block) as loader:
         clocks.start("train")
-        while session.step < plan.steps:
+        while session.step < end:
             knobs = plan.at(session.step)
             batch = Batch(*next(loader))
             losses.append(step(batch, knobs))
             session.step, session.block = loader.next_step, loader.next_block
 
-            last = session.step == plan.steps
+            last = session.step == end
             evaluating = last or due(session.step, budget.evaluate_every)
             saving = last or due(session.step, budget.checkpoint_every)
             pausing = evaluating or saving or due(session.step, budget.log_every)
@@ -159,7 +161,7 @@ def run_steps(
                     return "interrupted"
                 clocks.start("train")
         clocks.stop()
-    return "done"
+    return ending
 
 
 def validate(

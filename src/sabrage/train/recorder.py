@@ -65,7 +65,7 @@ class Recorder:
         path = self.folder.path
         path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self.progress = stack.enter_context(Progress(total=self.recipe.plan.steps))
+            self.progress = stack.enter_context(Progress(total=self.recipe.last_step()))
             # Before the manifest: a folder in which nothing was begun can be used by the next attempt.
             tracker = make_tracker(self.tracker_name, path, config=to_json(self.recipe), say=self.message)
             self.tracker = stack.enter_context(tracker)
@@ -189,7 +189,7 @@ class Recorder:
             self.tokens, self.validation_loss = saved.meta["tokens"], saved.meta["validation_loss"]
             self.at_validation = saved.meta["at_validation"]
             self.last_seconds = self.clocks.train_seconds
-        if self.world.leads and session.step < self.recipe.plan.steps:
+        if self.world.leads and session.step < self.recipe.last_step():
             self.folder.result.unlink(missing_ok=True)
             self.log.write("resume", step=session.step)
             self.message(f"going on after step {session.step:,}")
