@@ -84,7 +84,7 @@ def test_the_size_of_the_gradient_does_not_matter(factor: int) -> None:
 
 def test_what_it_is_not_for_is_refused() -> None:
     x, up, down, _ = tensors(torch.float16)
-    with pytest.raises(KernelError, match="fp8_gradients are for relu_squared in 16 bits"):
+    with pytest.raises(KernelError, match="FP8 products are for relu_squared in 16 bits"):
         perceptron(x, up, down, fp8_gradients=True)
 
 
@@ -97,7 +97,7 @@ def test_gelu_wide_formats_and_uneven_widths_are_refused(
     x, up, down, _ = tensors(torch.float32 if change == "wide" else torch.float16)
     if change == "uneven":
         up, down = up[:312].contiguous(), down[:, :312].contiguous()
-    with pytest.raises(KernelError, match="use fp8_gradients=False"):
+    with pytest.raises(KernelError, match="use fp8_forward=False and fp8_gradients=False"):
         perceptron(x, up, down, activation="gelu" if change == "gelu" else "relu_squared", fp8_gradients=True)
 
 

@@ -106,14 +106,18 @@ def test_an_fp8_head_is_refused_where_its_product_cannot_be_fp8(facts):
     assert any("with backend 'plain'" in line for line in plain.refusals(ADA))
 
 
+@pytest.mark.parametrize("name", ["fp8_gradients", "fp8_forward"])
 @pytest.mark.parametrize("facts", [CPU, ADA])
-def test_fp8_gradients_are_refused_where_there_is_no_hopper(facts):
-    recipe = replace(find("base"), model=small(feedforwards=(FusedMlp(fp8_gradients=True),)))
-    with pytest.raises(ConfigError, match=r"FP8 gradients of a perceptron need compute capability 9\.0"):
+def test_an_fp8_perceptron_is_refused_where_there_is_no_hopper(facts, name):
+    part = FusedMlp(**{name: True})
+    recipe = replace(find("base"), model=small(feedforwards=(part,)))
+    with pytest.raises(ConfigError, match=r"FP8 products of a perceptron need compute capability 9\.0"):
         resolve(recipe, facts).validate(facts)
+    assert recipe.refusals(facts)[0].endswith(f"; set model.feedforwards.0.{name}=false")
     hopper = replace(ADA, capability=(9, 0))
     assert recipe.refusals(hopper) == []
-    assert "use that, or false" in FusedMlp(fp8_gradients=True, activation="gelu").problems()[0]
+    (problem,) = replace(part, activation="gelu").problems()
+    assert problem.startswith(f"{name}=true is for activation='relu_squared'")
 
 
 def test_refusals_of_several_parts_are_told_at_once():

@@ -19,8 +19,9 @@ from sabrage.run.device import DeviceFacts
 class FusedMlp(FeedForward):
     """The fields of `Mlp`; the same values up to rounding.
 
-    `fp8_gradients` has the two products of the backward pass that make the gradient of the input in FP8, on
-    Hopper alone; the forward pass and the gradients of the weights stay in 16 bits.
+    On Hopper alone, `fp8_gradients` has the two products of the backward pass that make the gradient of the
+    input in FP8, and `fp8_forward` the two of the forward pass, in validation as well; the gradients of the
+    weights stay in 16 bits.
     """
 
     expansion: int = 4
@@ -28,14 +29,16 @@ class FusedMlp(FeedForward):
     zero_init: bool = False
     backend: KernelBackend = "auto"
     fp8_gradients: bool = False
+    fp8_forward: bool = False
 
     def problems(self) -> list[str]:
         found = self.plain().problems()
-        if self.fp8_gradients and self.activation != "relu_squared":
-            found.append(
-                f"fp8_gradients=true is for activation='relu_squared' and this is {self.activation!r}; "
-                "use that, or false"
-            )
+        for name in ("fp8_gradients", "fp8_forward"):
+            if getattr(self, name) and self.activation != "relu_squared":
+                found.append(
+                    f"{name}=true is for activation='relu_squared' and this is {self.activation!r}; "
+                    "use that, or false"
+                )
         return found
 
     def plain(self) -> Mlp:
@@ -43,12 +46,12 @@ class FusedMlp(FeedForward):
         return Mlp(expansion=self.expansion, activation=self.activation, zero_init=self.zero_init)
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        if self.fp8_gradients and (
-            facts.capability != (9, 0) or choose_kernel(self.backend, facts) != "triton"
-        ):
+        asked = [name for name in ("fp8_gradients", "fp8_forward") if getattr(self, name)]
+        if asked and (facts.capability != (9, 0) or choose_kernel(self.backend, facts) != "triton"):
+            remedy = " and ".join(f"model.feedforwards.0.{name}=false" for name in asked)
             return (
-                "FP8 gradients of a perceptron need compute capability 9.0 and its Triton kernel, and this "
-                f"is {facts.name} with backend {self.backend!r}; set model.feedforwards.0.fp8_gradients=false"
+                "FP8 products of a perceptron need compute capability 9.0 and its Triton kernel, and this "
+                f"is {facts.name} with backend {self.backend!r}; set {remedy}"
             )
         return kernel_refusal(self.backend, facts)
 
@@ -70,7 +73,7 @@ class FusedPerceptron(Perceptron):
         self.up.replaceable = self.down.replaceable = False
         self.compute: Callable[..., Tensor] = perceptron_reference
         if part.backend == "triton":
-            self.compute = partial(perceptron, fp8_gradients=part.fp8_gradients)
+            self.compute = partial(perceptron, fp8_forward=part.fp8_forward, fp8_gradients=part.fp8_gradients)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         return self.compute(x_BTD, self.up.weight, self.down.weight, activation=self.activation)

@@ -9,6 +9,7 @@ from sabrage.kernels import (
     cross_entropy_rows,
     grouped_product,
     linear_activation,
+    narrow_forward,
     narrow_gradients,
     paged_attention,
     paged_latent,
@@ -151,17 +152,26 @@ def _mapped_product_build(*, back: bool) -> Build:
 
 
 def _narrow(capability: tuple[int, int]) -> list[Build]:
-    tile, room = narrow_gradients.TILE, narrow_gradients
     if capability != (9, 0):
         return []
-    half = f"{tile.m},{tile.n // 2}"
-    types = {"a": f"tensordesc<fp8e5[{tile.m},{tile.k}]>", "b": f"tensordesc<fp8e4nv[{tile.n},{tile.k}]>"}
-    types |= dict.fromkeys(("out", "kept"), f"tensordesc<bf16[{half}]>") | {"scales": "*fp32"}
-    types |= {"narrow": f"tensordesc<fp8e5[{half}]>"} | dict.fromkeys(("M", "N", "K"), "i32:16")
-    constants: dict[str, Any] = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
-    constants |= {"GROUP": GROUP, "LARGEST": room.LARGEST, "PROGRAMS": 132}
-    warps, stages = tile.num_warps, tile.num_stages
-    return [Build("narrow gradients", room._mapped_product, types, constants, warps, stages, 255)]
+    found = []
+    for name, room, left in (
+        ("narrow gradients", narrow_gradients, "fp8e5"),
+        ("narrow forward", narrow_forward, "fp8e4nv"),
+    ):
+        tile = room.TILE
+        half = f"{tile.m},{tile.n // 2}"
+        types = {"a": f"tensordesc<{left}[{tile.m},{tile.k}]>"}
+        types |= {"b": f"tensordesc<fp8e4nv[{tile.n},{tile.k}]>", "narrow": f"tensordesc<{left}[{half}]>"}
+        types |= {"out": f"tensordesc<bf16[{half}]>"} | dict.fromkeys(("M", "N", "K"), "i32:16")
+        scales = ("scales",) if room is narrow_gradients else ("tokens", "up_scale", "post_scale")
+        types |= dict.fromkeys(scales, "*fp32")
+        types |= {"kept": f"tensordesc<bf16[{half}]>"} if room is narrow_gradients else {}
+        constants: dict[str, Any] = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+        constants |= {"GROUP": GROUP, "LARGEST": room.LARGEST, "PROGRAMS": 132}
+        kernel, warps, stages = room._mapped_product, tile.num_warps, tile.num_stages
+        found.append(Build(name, kernel, types, constants, warps, stages, 255))
+    return found
 
 
 def _symmetric(capability: tuple[int, int]) -> list[Build]:

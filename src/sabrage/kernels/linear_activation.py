@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sabrage.kernels.language import KernelError, capability_of, jit, num_processors, require, tl
+from sabrage.kernels.narrow_forward import narrow_factors, narrow_forward
 from sabrage.kernels.narrow_gradients import narrow_gradients
 from sabrage.kernels.tiles import Tile, place_of
 
@@ -66,12 +67,13 @@ def perceptron(
     down_DF: Tensor,
     *,
     activation: Activation = "relu_squared",
+    fp8_forward: bool = False,
     fp8_gradients: bool = False,
 ) -> Tensor:
     """y (..., D) for x (..., D); all three in one dtype, which is autocast's where it is on.
 
-    The weights are those of two torch Linears without biases. `fp8_gradients` is for relu_squared on Hopper:
-    see `narrow_gradients`. Raises KernelError.
+    The weights are those of two torch Linears without biases. `fp8_forward` and `fp8_gradients` are for
+    relu_squared on Hopper: see `narrow_forward` and `narrow_gradients`. Raises KernelError.
     """
     kind = x_ND.device.type
     if torch.is_autocast_enabled(kind):
@@ -83,15 +85,20 @@ def perceptron(
     if activation not in ("relu_squared", "gelu"):
         raise KernelError(f"activation={activation!r}, allowed: 'relu_squared', 'gelu'")
     uneven = any(width % ALIGNMENT for width in up_FD.shape)
-    if fp8_gradients and (uneven or not maps(capability_of(x_ND.device), activation, x_ND, up_FD, down_DF)):
+    narrow, tokens_ND = fp8_forward or fp8_gradients, x_ND.flatten(0, -2)
+    if narrow and (uneven or not maps(capability_of(x_ND.device), activation, tokens_ND, up_FD, down_DF)):
         raise KernelError(
-            f"fp8_gradients are for relu_squared in 16 bits, widths that {ALIGNMENT} divides and compute "
+            f"FP8 products are for relu_squared in 16 bits, widths that {ALIGNMENT} divides and compute "
             f"capability 9.0, and this is {activation} in {x_ND.dtype} of {tuple(up_FD.shape)} on "
-            f"{capability_of(x_ND.device)}; use fp8_gradients=False"
+            f"{capability_of(x_ND.device)}; use fp8_forward=False and fp8_gradients=False"
         )
+    if fp8_forward:
+        factors = narrow_factors(tokens_ND.detach(), up_FD.detach(), down_DF.detach())
+        y_ND, _ = _forward_fp8(tokens_ND, up_FD, down_DF, *factors, fp8_gradients)
+        return y_ND.view(x_ND.shape)
     learning = x_ND.requires_grad or up_FD.requires_grad or down_DF.requires_grad
     learns = torch.is_grad_enabled() and learning
-    y_ND, _, _ = _forward(x_ND.flatten(0, -2), up_FD, down_DF, activation, learns, fp8_gradients)
+    y_ND, _, _ = _forward(tokens_ND, up_FD, down_DF, activation, learns, fp8_gradients)
     return y_ND.view(x_ND.shape)
 
 
@@ -159,6 +166,43 @@ def _pull(ctx: Any, grad_ND: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_pull, setup_context=_save)
+
+
+@torch.library.custom_op("sabrage::perceptron_fp8", mutates_args=())
+def _forward_fp8(
+    x_ND: Tensor,
+    up_FD: Tensor,
+    down_DF: Tensor,
+    narrow_ND: Tensor,
+    narrow_FD: Tensor,
+    narrow_DF: Tensor,
+    scale_N: Tensor,
+    up_scale: Tensor,
+    post_scale: Tensor,
+    down_scale: Tensor,
+    fp8_gradients: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, act(z)), of the factors in FP8; the first three are what gradients are made of."""
+    factors = (narrow_ND, narrow_FD, narrow_DF, scale_N, up_scale, post_scale, down_scale)
+    return narrow_forward(*factors, x_ND.dtype)
+
+
+@_forward_fp8.register_fake
+def _(x_ND: Tensor, up_FD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty((x_ND.shape[0], up_FD.shape[0]))
+
+
+def _save_fp8(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.activation, ctx.fp8_gradients = "relu_squared", inputs[-1]
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pull_fp8(ctx: Any, grad_ND: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    return *_pull(ctx, grad_ND)[:3], *[None] * 8
+
+
+_forward_fp8.register_autograd(_pull_fp8, setup_context=_save_fp8)
 
 
 def _launch(

@@ -34,6 +34,11 @@ fused = (
         feedforwards=(FusedMlp(zero_init=True, fp8_gradients=True),),
     ),
     variant(
+        "fp8-mlp",
+        "fp8-gradients with the two products of the forward pass in FP8 as well, on Hopper",
+        feedforwards=(FusedMlp(zero_init=True, fp8_gradients=True, fp8_forward=True),),
+    ),
+    variant(
         "fused-rotary",
         "base with QK-norm + rotary in one pass",
         mixers=ROTARY,
