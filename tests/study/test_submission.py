@@ -139,6 +139,7 @@ BROKEN = {
     "a loss above": ({"loss": 3.3822}, "the mean loss 3.38220 does not meet 3.3821"),
     "no number": ({"loss": "nan"}, "the mean loss nan does not meet"),
     "no end": ({"ending": "interrupted"}, "not come to its end (interrupted)"),
+    "an early end": ({"ending": "until"}, "was to end before its plan does (budget.until)"),
     "fewer targets": (
         {"recipe": override(IDEA, "budget.evaluation_tokens=65536")}, "scored 65,536 validation targets",
     ),

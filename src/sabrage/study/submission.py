@@ -132,7 +132,9 @@ def run_problems(run: Run) -> Iterator[str]:
     """What is wrong with one run's end, device, data and metric."""
     manifest, data = run.manifest, run.manifest["data"]
     ending = (run.result or {}).get("ending")
-    if ending not in ("done", "target"):
+    if ending == "until":
+        yield "the run was to end before its plan does (budget.until); run it without"
+    elif ending not in ("done", "target"):
         yield f"the run has not come to its end ({ending or 'no result'}); go on with --resume"
     if run.inline:
         yield (

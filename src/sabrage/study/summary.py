@@ -65,7 +65,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     if any(run.inline for run in runs):
         found.append("runs shared a process (inline) or took turns on a GPU: no wall and no nocap seconds")
     if any(run.result and run.result["ending"] == "until" for run in runs):
-        found.append("runs ended on the way (budget.until): losses before their rates fall, without a blend")
+        found.append("runs ended on the way (budget.until): these are no losses of an end, nor of a blend")
     return found
 
 
