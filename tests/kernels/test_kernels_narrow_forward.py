@@ -1,9 +1,11 @@
 """Linear + ReLU^2 whose forward pass is in FP8: near the 16-bit products, and with their gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from perceptrons import compiled_and_not, interpreted, on_hopper, relative, tensors
 from torch._subclasses import FakeTensorMode
 
 from sabrage.kernels import linear_activation as room
@@ -11,34 +13,18 @@ from sabrage.kernels.language import KernelError
 from sabrage.kernels.linear_activation import perceptron, perceptron_reference
 from sabrage.kernels.narrow_forward import LARGEST, narrow_factors, narrow_forward
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"
-)
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
-)
-
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "capability_of", lambda _: (9, 0))
 
 
-def tensors(dtype: torch.dtype, device: str = "cpu", *, tokens: int = 200) -> list[torch.Tensor]:
-    """x, some of its tokens four times as long as others, U, D and a gradient."""
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = ((tokens, 80, 1.0), (320, 80, 80**-0.5), (80, 320, 320**-0.5), (tokens, 80, 1e-3))
-    x, *others = [
-        scale * torch.randn(rows, columns, generator=generator, device=device)
-        for rows, columns, scale in shapes
-    ]
+def uneven(dtype: torch.dtype, device: str = "cpu", *, tokens: int = 200) -> list[torch.Tensor]:
+    """`tensors`, some of the tokens four times as long as others."""
+    x, *others = tensors(dtype, device, tokens=tokens)
     x[::3] *= 0.5
     x[1::3] *= 2
-    return [made.to(dtype) for made in (x, *others)]
-
-
-def relative(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+    return [x, *others]
 
 
 def exact(*inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -49,7 +35,7 @@ def exact(*inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def check_near(dtype: torch.dtype, device: str, allowed: float) -> None:
-    inputs = tensors(dtype, device)
+    inputs = uneven(dtype, device)
     factors = narrow_factors(*inputs[:3])
     y, post = narrow_forward(*factors, dtype)
     truth = perceptron_reference(*(x.double() for x in inputs[:3]))
@@ -72,7 +58,7 @@ def test_the_products_are_near_those_in_sixteen_bits(poisoned: None) -> None:
 @interpreted
 @pytest.mark.parametrize("fp8_gradients", [False, True])
 def test_gradients_are_near_the_exact_ones(hopper: None, fp8_gradients: bool) -> None:
-    *inputs, grad = tensors(torch.float16)
+    *inputs, grad = uneven(torch.float16)
     leaves = [x.clone().requires_grad_() for x in inputs]
     y = perceptron(*leaves, fp8_forward=True, fp8_gradients=fp8_gradients)
     found = [y, *torch.autograd.grad(y, leaves, grad)]
@@ -83,7 +69,7 @@ def test_gradients_are_near_the_exact_ones(hopper: None, fp8_gradients: bool) ->
 
 @interpreted
 def test_no_token_depends_on_another(hopper: None) -> None:
-    x, up, down, _ = tensors(torch.float16)
+    x, up, down, _ = uneven(torch.float16)
     whole = perceptron(x, up, down, fp8_forward=True)
     other = torch.cat((x[:100], 10 * x[100:]))
     assert torch.equal(perceptron(other, up, down, fp8_forward=True)[:100], whole[:100])
@@ -91,7 +77,7 @@ def test_no_token_depends_on_another(hopper: None) -> None:
 
 @interpreted
 def test_what_is_beyond_the_bound_is_cut_off_and_stays_a_number(hopper: None) -> None:
-    x, up, down, _ = tensors(torch.float16)
+    x, up, down, _ = uneven(torch.float16)
     *narrow, scale_N, up_scale, post_scale, down_scale = narrow_factors(x, up, down)
     near, far = (
         narrow_forward(*narrow, times * scale_N, up_scale, post_scale, down_scale, torch.float16)[0]
@@ -104,7 +90,7 @@ def test_what_is_beyond_the_bound_is_cut_off_and_stays_a_number(hopper: None) ->
 
 @interpreted
 def test_rows_of_a_batch_are_tokens_and_none_is_none(hopper: None) -> None:
-    x, up, down, _ = tensors(torch.float16)
+    x, up, down, _ = uneven(torch.float16)
     flat = perceptron(x, up, down, fp8_forward=True)
     assert torch.equal(perceptron(x.view(4, 50, 80), up, down, fp8_forward=True), flat.view(4, 50, 80))
     assert perceptron(x[:0], up, down, fp8_forward=True).shape == (0, 80)
@@ -112,7 +98,7 @@ def test_rows_of_a_batch_are_tokens_and_none_is_none(hopper: None) -> None:
 
 @interpreted
 def test_a_token_of_zeros_is_nothing_and_spoils_nothing(hopper: None) -> None:
-    x, up, down, _ = tensors(torch.float16)
+    x, up, down, _ = uneven(torch.float16)
     x[5] = 0
     y = perceptron(x, up, down, fp8_forward=True)
     assert (y[5] == 0).all()
@@ -121,14 +107,14 @@ def test_a_token_of_zeros_is_nothing_and_spoils_nothing(hopper: None) -> None:
 
 
 def test_what_it_is_not_for_is_refused() -> None:
-    x, up, down, _ = tensors(torch.float32)
+    x, up, down, _ = uneven(torch.float32)
     with pytest.raises(KernelError, match=r"FP8 products are for relu_squared in 16 bits.*fp8_forward=False"):
         perceptron(x, up, down, fp8_forward=True)
 
 
 @interpreted
 def test_the_compiler_is_told_the_shapes_and_formats_that_there_are() -> None:
-    x, up, down, _ = tensors(torch.float16)
+    x, up, down, _ = uneven(torch.float16)
     told = (x, up, down, *narrow_factors(x, up, down))
     real = room._forward_fp8(*told, False)
     with FakeTensorMode() as mode:
@@ -143,33 +129,22 @@ def test_products_on_the_device_are_near_the_exact_ones(dtype: torch.dtype, pois
     check_near(dtype, "cuda", 0.08)
 
 
-def compiled_and_not(inputs: list[torch.Tensor], *, fp8_gradients: bool, backend: str) -> list[float]:
-    """How far y and the gradients of compiled code are from those of code that is not."""
-    *inputs, grad = inputs
-
-    def function(*given: torch.Tensor) -> torch.Tensor:
-        return perceptron(*given, fp8_forward=True, fp8_gradients=fp8_gradients)
-
-    compiled: Callable = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
-    found = []
-    for work in (function, compiled):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        y = work(*leaves)
-        found.append([y, *torch.autograd.grad(y, leaves, grad)])
-    torch._dynamo.reset()
-    return [relative(ours, theirs) for ours, theirs in zip(*found, strict=True)]
+def narrow(*, fp8_gradients: bool) -> Callable:
+    return partial(perceptron, fp8_forward=True, fp8_gradients=fp8_gradients)
 
 
 @interpreted
 @pytest.mark.parametrize("fp8_gradients", [False, True])
 def test_one_graph_holds_all_of_it(hopper: None, fp8_gradients: bool) -> None:
-    inputs = tensors(torch.float16)
-    assert compiled_and_not(inputs, fp8_gradients=fp8_gradients, backend="aot_eager") == [0, 0, 0, 0]
+    inputs = uneven(torch.float16)
+    function = narrow(fp8_gradients=fp8_gradients)
+    assert compiled_and_not(function, inputs, backend="aot_eager") == [0, 0, 0, 0]
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("fp8_gradients", [False, True])
 def test_compiled_it_is_what_it_is_eagerly(fp8_gradients: bool) -> None:
-    inputs = tensors(torch.bfloat16, "cuda", tokens=512)
-    assert max(compiled_and_not(inputs, fp8_gradients=fp8_gradients, backend="inductor")) < 1e-2
+    inputs = uneven(torch.bfloat16, "cuda", tokens=512)
+    function = narrow(fp8_gradients=fp8_gradients)
+    assert max(compiled_and_not(function, inputs, backend="inductor")) < 1e-2

@@ -32,21 +32,23 @@ class FusedMlp(FeedForward):
     fp8_forward: bool = False
 
     def problems(self) -> list[str]:
-        found = self.plain().problems()
-        for name in ("fp8_gradients", "fp8_forward"):
-            if getattr(self, name) and self.activation != "relu_squared":
-                found.append(
-                    f"{name}=true is for activation='relu_squared' and this is {self.activation!r}; "
-                    "use that, or false"
-                )
-        return found
+        return self.plain().problems() + [
+            f"{name}=true is for activation='relu_squared' and this is {self.activation!r}; "
+            "use that, or false"
+            for name in self.fp8_fields()
+            if self.activation != "relu_squared"
+        ]
+
+    def fp8_fields(self) -> list[str]:
+        """The fields that ask for FP8."""
+        return [name for name in ("fp8_gradients", "fp8_forward") if getattr(self, name)]
 
     def plain(self) -> Mlp:
         """The part whose work this one does."""
         return Mlp(expansion=self.expansion, activation=self.activation, zero_init=self.zero_init)
 
     def refusal(self, facts: DeviceFacts) -> str | None:
-        asked = [name for name in ("fp8_gradients", "fp8_forward") if getattr(self, name)]
+        asked = self.fp8_fields()
         if asked and (facts.capability != (9, 0) or choose_kernel(self.backend, facts) != "triton"):
             remedy = " and ".join(f"model.feedforwards.0.{name}=false" for name in asked)
             return (

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sabrage.kernels.language import KernelError, capability_of, jit, num_processors, require, tl
+from sabrage.kernels.language import KernelError, capability_of, jit, require, tl
 from sabrage.kernels.narrow_forward import narrow_factors, narrow_forward
 from sabrage.kernels.narrow_gradients import narrow_gradients
-from sabrage.kernels.tiles import Tile, place_of
+from sabrage.kernels.tiles import Tile, in_halves, place_of, product_of
 
 Activation = Literal["relu_squared", "gelu"]
 
@@ -250,8 +250,7 @@ def _launch_mapped(a_MK: Tensor, b: Tensor, out_MN: Tensor, kept: Tensor | None)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (m, k), n, tile, back = a_MK.shape, out_MN.shape[1], MAPPED_TILE, kept is not None
-    tiles = -(-m // tile.m) * -(-n // tile.n)
-    programs = min(tiles, num_processors(a_MK.device))
+    programs = tile.programs(m, n, a_MK.device)
     half = [tile.m, tile.n // 2]
     out_map = TensorDescriptor.from_tensor(out_MN, half)
     _mapped_product[(programs,)](
@@ -289,16 +288,13 @@ def _mapped_product(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for depth in range(0, K, BLOCK_K):
-            left = a.load([row, depth])
-            if BACK:
-                total = tl.dot(left, b.load([depth, column]), total)
-            else:
-                total = tl.dot(left, b.load([column, depth]).T, total)
-        # In halves, whose way out needs half of the shared memory.
-        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        first, second = tl.split(halves)
+        if BACK:
+            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for depth in range(0, K, BLOCK_K):
+                total = tl.dot(a.load([row, depth]), b.load([depth, column]), total)
+        else:
+            total = product_of(a, b, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        first, second = in_halves(total, BLOCK_M, BLOCK_N)
         if BACK:
             first *= 2 * tl.sqrt(kept.load([row, column]).to(tl.float32))
             out.store([row, column], first.to(out.dtype))

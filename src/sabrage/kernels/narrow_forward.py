@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sabrage.kernels.fp8 import quantised, traced_product
-from sabrage.kernels.language import jit, num_processors, require, tl
-from sabrage.kernels.tiles import Tile, place_of
+from sabrage.kernels.language import jit, require, tl
+from sabrage.kernels.tiles import Tile, in_halves, place_of, product_of
 
 # Of nine the fastest.
 TILE = Tile(128, 256, 128, num_warps=8, num_stages=3)
@@ -66,7 +66,7 @@ def narrow_forward(
         return narrow_ND.new_empty((m, k), dtype=dtype), post_NF
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    programs = min(-(-m // TILE.m) * -(-n // TILE.n), num_processors(post_NF.device))
+    programs = TILE.programs(m, n, post_NF.device)
     half = [TILE.m, TILE.n // 2]
     _mapped_product[(programs,)](
         TensorDescriptor.from_tensor(narrow_ND.contiguous(), [TILE.m, TILE.k]),
@@ -112,15 +112,11 @@ def _mapped_product(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for depth in range(0, K, BLOCK_K):
-            total = tl.dot(a.load([row, depth]), b.load([column, depth]).T, total)
+        total = product_of(a, b, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
         rows = row + tl.arange(0, BLOCK_M)
         scale = factor * tl.load(tokens + rows, mask=rows < M, other=0.0)
         positive = tl.maximum(total * scale[:, None], 0.0)
-        # In halves, whose way out needs half of the shared memory.
-        halves = tl.permute(tl.reshape(positive * positive, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        first, second = tl.split(halves)
+        first, second = in_halves(positive * positive, BLOCK_M, BLOCK_N)
         out.store([row, column], first.to(out.dtype))
         narrow.store([row, column], tl.minimum(first * back, LARGEST).to(narrow.dtype))
         out.store([row, column + BLOCK_N // 2], second.to(out.dtype))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sabrage.kernels.fp8 import quantised, traced_product
-from sabrage.kernels.language import jit, num_processors, require, tl
-from sabrage.kernels.tiles import Tile, place_of
+from sabrage.kernels.language import jit, require, tl
+from sabrage.kernels.tiles import Tile, in_halves, place_of, product_of
 
 # Two programs a multiprocessor: one multiplies while the other writes. On an H200, 65,536 tokens of width
 # 768: 0.45 ms; a single one with tiles twice as wide 0.47, and 0.51 where it asks for act(z) half by half.
@@ -66,8 +66,7 @@ def _hidden_gradient(
         return grad_z_NF, narrow_NF
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    at_once = PROGRAMS_A_PROCESSOR * num_processors(post_NF.device)
-    programs = min(-(-m // TILE.m) * -(-n // TILE.n), at_once)
+    programs = TILE.programs(m, n, post_NF.device, each=PROGRAMS_A_PROCESSOR)
     half = [TILE.m, TILE.n // 2]
     _mapped_product[(programs,)](
         TensorDescriptor.from_tensor(narrow_ND.contiguous(), [TILE.m, TILE.k]),
@@ -115,11 +114,8 @@ def _mapped_product(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for depth in range(0, K, BLOCK_K):
-            total = tl.dot(a.load([row, depth]), b.load([column, depth]).T, total)
-        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        first, second = tl.split(halves)
+        total = product_of(a, b, row, column, K, BLOCK_M, BLOCK_N, BLOCK_K)
+        first, second = in_halves(total, BLOCK_M, BLOCK_N)
         # Both are asked for before either is waited for.
         left, right = kept.load([row, column]), kept.load([row, column + BLOCK_N // 2])
         first *= factor * tl.sqrt(left.to(tl.float32))

@@ -31,8 +31,9 @@ from sabrage.train.interrupt import Interruption
 SECONDS_BETWEEN_LOOKS = 0.05
 GPU = "CUDA_VISIBLE_DEVICES"
 LAST_LINES = 20
-# Of a run that went as far as it was to go.
-ENDINGS = ("done", "target", "until")
+# Of a run that came to its end, and of one that went as far as it was to go.
+WHOLE = ("done", "target")
+ENDINGS = (*WHOLE, "until")
 Block = Sequence["Job"]
 
 

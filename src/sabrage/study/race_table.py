@@ -17,11 +17,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sabrage.run.folder import Run, read_run, write_json
+from sabrage.study.launch import WHOLE
 from sabrage.study.plan import StudyError
 from sabrage.study.statistics import against_target
 from sabrage.study.summary import CLOCKS, cautions, curve, facts, final_loss, result
 
-ENDINGS = ("done", "target")
 POINT = ("tokens", "train_seconds", "loss")
 COLUMNS = (
     ("recipe", "recipe", ""),
@@ -51,7 +51,7 @@ def ended_runs(folder: Path) -> tuple[list[Run], list[str]]:
     for manifest in sorted(folder.glob("*/manifest.json")):
         run = read_run(manifest.parent)
         ending = run.result["ending"] if run.result else "not ended"
-        if ending in ENDINGS:
+        if ending in WHOLE:
             ended.append(run)
         else:
             others.append(f"{run.path.name} is left out: {ending}")

@@ -17,6 +17,7 @@ from sabrage.recipe import Recipe
 from sabrage.recipes import find
 from sabrage.run.folder import Run, RunFolder, read_run
 from sabrage.run.manifest import code_state
+from sabrage.study.launch import WHOLE
 from sabrage.study.plan import StudyError, Variant
 from sabrage.study.runner import PLAN
 
@@ -134,7 +135,7 @@ def run_problems(run: Run) -> Iterator[str]:
     ending = (run.result or {}).get("ending")
     if ending == "until":
         yield "the run was to end before its plan does (budget.until); run it without"
-    elif ending not in ("done", "target"):
+    elif ending not in WHOLE:
         yield f"the run has not come to its end ({ending or 'no result'}); go on with --resume"
     if run.inline:
         yield (
